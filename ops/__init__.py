@@ -1,0 +1,37 @@
+"""Recurrences and fused operations: pure functions of tensors, without parameters.
+
+The alphabet of shapes, used in docstrings and trailing comments of the whole repository:
+
+    B  batch (rows)         K  key (query) features of a head     N  vocabulary
+    T  time (tokens)        V  value features of a head           S  keys held in an attention state
+    D  model width          W  window or convolution width        R  recurrent width
+    H  heads                C  chunk (tokens)                     M  tokens of a batch, flattened
+    G  groups of query heads that share one key and value head
+    HV value heads
+
+States are fp32 (float64 beside float64 inputs) whatever the dtype of the input, except for the keys and values
+that attention keeps. A state and its gradient pass in both directions. `layout` tells where documents start; without
+one every row is an unbroken sequence that continues from `initial_state`.
+"""
+
+from ops.attention import attention
+from ops.causal_conv1d import causal_conv1d
+from ops.impl import resolve_impl
+from ops.layout import Layout
+from ops.linear_cross_entropy import linear_cross_entropy
+from ops.linear_scan import linear_scan
+from ops.local_attention import local_attention
+from ops.rms_norm import rms_norm
+from ops.rotary import rotary
+
+__all__ = [
+    "Layout",
+    "attention",
+    "causal_conv1d",
+    "linear_cross_entropy",
+    "linear_scan",
+    "local_attention",
+    "resolve_impl",
+    "rms_norm",
+    "rotary",
+]

@@ -1,0 +1,38 @@
+"""Causal softmax attention over documents, with grouped keys and values."""
+
+from torch import Tensor
+
+from ops.attention import chunked, reference
+from ops.attention.inputs import State, check_inputs
+from ops.impl import resolve_impl
+from ops.layout import Layout
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    layout: Layout | None = None,
+    initial_state: State | None = None,
+    output_final_state: bool = False,
+    impl: str = "auto",
+) -> tuple[Tensor, State | None]:
+    """o_t = sum_s softmax_s(scale * q_t . k_s) v_s over the keys s <= t of t's document (arXiv 1706.03762, equation 1).
+
+    q:              [B, T, H, K]
+    k, v:           [B, T, G, K]; G divides H, and head h reads group h // (H / G)
+    scale:          K**-0.5 by default
+    layout:         query t sees key s <= t iff t - s <= positions[t]
+    initial_state:  (k, v), each [B, S, G, K]: the S keys and values before this call, cast to the dtype of k
+
+    Returns o [B, T, H, K] and, if `output_final_state`, the keys and values [B, S+T, G, K], else None, all in the dtype
+    of q, k, v.
+    Raises ValueError for wrong shapes or dtypes and for an implementation that cannot run here.
+    """
+    check_inputs("attention", q, k, v, layout, initial_state)
+    module = {"chunked": chunked, "reference": reference}[resolve_impl("attention", impl, q.device.type)]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    o, state = module.attention(q, k, v, scale, layout, initial_state)
+    return o, state if output_final_state else None

@@ -1,0 +1,20 @@
+"""The precision in which ops accumulate and keep their states."""
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """fp32 for inputs of fp32 and below, float64 as soon as one input is float64."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype to which a matrix product of x and weight rounds its operands: autocast's where it is on."""
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return dtype

@@ -1,0 +1,22 @@
+"""What more than one room's tests share."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.parallel.launch import Ranks
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """`ranks(n)`: n processes in one gloo group (tests/parallel/launch.py), started once and shared by all tests."""
+    started: dict[int, Ranks] = {}
+
+    def get(size: int) -> Ranks:
+        if size not in started or not started[size].alive:
+            started[size] = Ranks(size)
+        return started[size]
+
+    yield get
+    for group in started.values():
+        group.close()

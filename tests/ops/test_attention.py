@@ -1,0 +1,225 @@
+"""attention and local_attention: the fused forms against the definition, the definition against a loop."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ops import Layout, attention, local_attention
+from ops.attention import chunked
+from tests.ops.compare import (
+    Inputs,
+    assert_earned,
+    assert_equal,
+    assert_packed_equals_separate,
+    assert_split_equals_whole,
+    evaluate,
+    layouts,
+    packed_positions,
+)
+from tests.ops.largest import LargestTensor
+
+IMPLS = ("reference", "chunked")
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, state_k: Tensor | None = None, state_v: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Any]:
+    """attention, or local_attention if `window` is given, with the two tensors of the state as arguments."""
+    state = None if state_k is None or state_v is None else (state_k, state_v)
+    op: Callable[..., Any] = local_attention if "window" in options else attention
+    return op(q, k, v, initial_state=state, output_final_state=True, **options)
+
+
+def attend_from(*, state: tuple[Tensor, Tensor] | None, **arguments: Any) -> tuple[Tensor, Any]:
+    return attend(**arguments) if state is None else attend(**arguments, state_k=state[0], state_v=state[1])
+
+
+def make_inputs(
+    time: int, *, previous: int | None = None, heads: int = 4, groups: int = 2, dtype: torch.dtype = torch.float64
+) -> Inputs:
+    inputs = {name: torch.randn(2, time, n, 8, dtype=dtype) for name, n in (("q", heads), ("k", groups), ("v", groups))}
+    if previous is not None:
+        inputs |= {name: torch.randn(2, previous, groups, 8, dtype=dtype) for name in ("state_k", "state_v")}
+    return inputs
+
+
+def one_row(inputs: Inputs) -> Inputs:
+    return {name: tensor[:1] for name, tensor in inputs.items()}
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_reference_is_the_definition(window: int | None) -> None:
+    inputs = make_inputs(9, previous=2)
+    positions = packed_positions(9, first=5, cuts=(3, 4))
+    options: dict[str, Any] = {} if window is None else {"window": window}
+    o, _ = attend(**inputs, layout=Layout(positions), scale=0.3, impl="reference", **options)
+    keys, values = (torch.cat([inputs[f"state_{z}"], inputs[z]], dim=1) for z in ("k", "v"))
+    for b in range(2):
+        for t in range(9):
+            seen = (
+                min(2 + t, int(positions[b, t]), 99 if window is None else window - 1) + 1
+            )  # tokens, its own included
+            for h in range(4):
+                k, v = (z[b, 2 + t - seen + 1 : 2 + t + 1, h // 2] for z in (keys, values))
+                expected = (0.3 * k @ inputs["q"][b, t, h]).softmax(0) @ v
+                torch.testing.assert_close(o[b, t, h], expected)
+
+
+@pytest.mark.parametrize("kind", ["none", "packed", "continued"])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 1), (4, 2), (2, 2)])
+@pytest.mark.parametrize(("time", "previous"), [(1, 0), (1, 9), (2, None), (17, 3), (65, None), (130, 7)])
+def test_attention_equals_reference(time: int, previous: int | None, heads: int, groups: int, kind: str) -> None:
+    inputs, layout = make_inputs(time, previous=previous, heads=heads, groups=groups), layouts(time)[kind]
+    expected = evaluate(attend, inputs, layout=layout, impl="reference")
+    assert_equal(evaluate(attend, inputs, layout=layout, impl="chunked"), expected, 1e-13)
+
+
+# Windows below and above a block of 64; sequences below, at and above two blocks; states below and above a window.
+@pytest.mark.parametrize("kind", ["none", "packed", "continued"])
+@pytest.mark.parametrize(
+    ("time", "window", "previous"),
+    [
+        *[(1, 4, 3), (1, 1, 0), (2, 2, None), (65, 16, 15), (128, 64, None), (129, 64, 63), (129, 1, None)],
+        *[(150, 7, 2), (193, 64, 90), (200, 65, None), (257, 96, 40), (300, 128, 127), (100, 1000, 20)],
+    ],
+)
+def test_local_attention_equals_reference(time: int, window: int, previous: int | None, kind: str) -> None:
+    inputs, layout = make_inputs(time, previous=previous), layouts(time)[kind]
+    expected = evaluate(attend, inputs, layout=layout, impl="reference", window=window)
+    assert_equal(evaluate(attend, inputs, layout=layout, impl="chunked", window=window), expected, 1e-12)
+    state = local_attention(**make_inputs(time), window=window, output_final_state=True)[1]
+    assert state is not None
+    assert state[0].shape[1] == state[1].shape[1] == min(time, window - 1)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    time=st.integers(1, 260),
+    window=st.integers(1, 100),
+    previous=st.integers(0, 110),
+    cuts=st.lists(st.integers(1, 259), max_size=4).map(sorted),
+)
+def test_any_window(time: int, window: int, previous: int, cuts: list[int]) -> None:
+    inputs = make_inputs(time, previous=previous, heads=2, groups=1)
+    layout = Layout(packed_positions(time, first=previous, cuts=cuts))
+    expected = evaluate(attend, inputs, layout=layout, impl="reference", window=window)
+    assert_equal(evaluate(attend, inputs, layout=layout, impl="chunked", window=window), expected, 1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 40}])
+@pytest.mark.parametrize("kind", ["none", "packed"])
+@pytest.mark.parametrize("time", [63, 64, 65, 257])
+def test_fp32_error_is_earned(time: int, kind: str, options: dict[str, int]) -> None:
+    """Torch's fused kernel errs up to 2.6 times as much as whole score matrices, in the gradient of the keys."""
+    assert_earned(attend, make_inputs(time), factor=4.0, layout=layouts(time)[kind], **options)
+
+
+@pytest.mark.parametrize("time", [1, 2])
+def test_fp32_error_on_the_shortest_sequences(time: int) -> None:
+    """Where a query sees one key its gradient is exactly 0, so that a relative error says nothing."""
+    inputs = make_inputs(time, dtype=torch.float32)
+    exact = evaluate(attend, {name: tensor.double() for name, tensor in inputs.items()}, impl="reference")
+    for name, tensor in evaluate(attend, inputs, impl="chunked").items():
+        torch.testing.assert_close(tensor.double(), exact[name], rtol=1e-5, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 20}, {"window": 70}])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_packed_equals_separate(impl: str, options: dict[str, int]) -> None:
+    inputs = one_row(make_inputs(260))
+    assert_packed_equals_separate(partial(attend, **options), inputs, impl=impl, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 20}])
+def test_dropped_document_mask_is_caught(monkeypatch: pytest.MonkeyPatch, options: dict[str, int]) -> None:
+    def whole_rows(self: Layout, function: Callable[..., Any], *args: Any) -> Any:
+        return function(torch.arange(self.positions.shape[1]).expand_as(self.positions), *args)
+
+    monkeypatch.setattr(Layout, "derive", whole_rows)
+    inputs = one_row(make_inputs(260))
+    with pytest.raises(AssertionError):
+        assert_packed_equals_separate(partial(attend, **options), inputs, impl="chunked", tolerance=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 5}, {"window": 64}])
+@pytest.mark.parametrize("kind", ["none", "packed"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_split_equals_whole(impl: str, kind: str, options: dict[str, int]) -> None:
+    op = partial(attend_from, **options)
+    cuts = (1, 2, 17, 33, 165)
+    layout = layouts(170)[kind]
+    assert_split_equals_whole(op, make_inputs(170), cuts=cuts, impl=impl, tolerance=1e-12, layout=layout)
+
+
+def test_the_mask_is_built_once_per_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    build = chunked.visible_keys
+    monkeypatch.setattr(chunked, "visible_keys", lambda *args: calls.append(args) or build(*args))
+    layout = Layout(packed_positions(20))
+    for _ in range(3):
+        attention(**make_inputs(20), layout=layout)
+    assert len(calls) == 1
+
+
+def test_local_attention_does_not_work_on_all_pairs() -> None:
+    inputs = {name: tensor.requires_grad_() for name, tensor in make_inputs(2048, heads=2, groups=1).items()}
+    with LargestTensor() as largest:
+        o, _ = local_attention(**inputs, window=32, layout=Layout(packed_positions(2048)))
+        o.sum().backward()
+    assert largest.numel <= 2 * 2048 * 128  # two rows of pairs with 128 keys each
+    assert largest.numel < 2048 * 2048
+
+
+def test_bf16_keeps_its_dtype() -> None:
+    inputs = make_inputs(65, previous=3, dtype=torch.bfloat16)
+    exact, _ = attend(**{name: tensor.double() for name, tensor in inputs.items()}, impl="reference")
+    for impl in IMPLS:
+        o, state = attend(**inputs, impl=impl)
+        assert o.dtype == state[0].dtype == state[1].dtype == torch.bfloat16
+        torch.testing.assert_close(o.double(), exact, rtol=2**-6, atol=2**-7)
+
+
+def test_autocast_keeps_the_dtype() -> None:
+    inputs = make_inputs(65, dtype=torch.float32)
+    exact, _ = attend(**inputs)
+    for impl in IMPLS:
+        with torch.autocast("cpu", torch.bfloat16):
+            o, state = attend(**inputs, impl=impl)
+        assert o.dtype == state[0].dtype == torch.float32
+        torch.testing.assert_close(o, exact, rtol=2**-6, atol=2**-6)
+
+
+def test_a_state_takes_the_dtype_of_the_keys() -> None:
+    inputs = make_inputs(3, previous=2, dtype=torch.float32)
+    halves = {name: tensor if "state" in name else tensor.bfloat16() for name, tensor in inputs.items()}
+    assert attend(**halves)[1][0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"q": torch.zeros(2, 3, 8)}, r"q has shape \[2, 3, 8\]; must be \[B, T, H, K\]"),
+        ({"q": torch.zeros(2, 3, 5, 8)}, "k has 2 heads; must divide the 5 heads of q"),
+        ({"k": torch.zeros(2, 4, 2, 8)}, "k has shape"),
+        ({"v": torch.zeros(2, 3, 1, 8)}, "v has shape"),
+        ({"v": torch.zeros(2, 3, 2, 8, dtype=torch.float64)}, "dtypes torch.float32, torch.float32, torch.float64"),
+        ({"initial_state": (torch.zeros(2, 5, 1, 8),) * 2}, "initial_state k has shape"),
+        ({"initial_state": (torch.zeros(2, 5, 2, 8), torch.zeros(2, 4, 2, 8))}, "initial_state v has shape"),
+        ({"layout": Layout(torch.zeros(2, 1, dtype=torch.int64))}, "layout.positions"),
+        ({"impl": "triton"}, "choose one of auto, chunked, reference"),
+    ],
+)
+def test_bad_arguments(wrong: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = make_inputs(3, dtype=torch.float32) | wrong
+    with pytest.raises(ValueError, match=message):
+        attention(**arguments)
+    with pytest.raises(ValueError, match=message):
+        local_attention(**arguments, window=2)
+    with pytest.raises(ValueError, match="window is 0; must be >= 1"):
+        local_attention(**make_inputs(3), window=0)

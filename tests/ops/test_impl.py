@@ -1,0 +1,49 @@
+"""resolve_impl, and that every op's table of implementations is the one it runs."""
+
+import pytest
+import torch
+
+import ops
+from ops.impl import IMPLEMENTATIONS, resolve_impl
+
+
+def test_auto_takes_the_best() -> None:
+    assert resolve_impl("linear_scan", "auto", "cpu") == "chunked"
+    assert resolve_impl("linear_scan", "reference", "cuda") == "reference"
+    assert resolve_impl("rms_norm", "auto", "cpu") == "reference"
+
+
+@pytest.mark.parametrize(
+    ("op", "impl", "message"),
+    [
+        (
+            "linear_scan",
+            "triton",
+            "linear_scan has no implementation 'triton' for device 'cpu'; choose one of auto, ch",
+        ),
+        ("rms_norm", "chunked", "choose one of auto, reference"),
+        ("linear_scam", "auto", "'linear_scam' is not known; choose one of attention, "),
+    ],
+)
+def test_refuses(op: str, impl: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_impl(op, impl, "cpu")
+
+
+def test_every_listed_implementation_runs() -> None:
+    x = torch.randn(1, 3, 4)
+    q = torch.randn(1, 3, 2, 4)
+    calls = {
+        "attention": lambda impl: ops.attention(q, q, q, impl=impl),
+        "causal_conv1d": lambda impl: ops.causal_conv1d(x, torch.randn(4, 2), impl=impl),
+        "linear_cross_entropy": lambda impl: ops.linear_cross_entropy(
+            x, torch.randn(5, 4), torch.zeros(1, 3, dtype=torch.int64), impl=impl
+        ),
+        "linear_scan": lambda impl: ops.linear_scan(x, -x.abs(), impl=impl),
+        "local_attention": lambda impl: ops.local_attention(q, q, q, window=2, impl=impl),
+    }
+    pointwise = {"rms_norm", "rotary"}
+    assert calls.keys() | pointwise == IMPLEMENTATIONS.keys()
+    for op, call in calls.items():
+        for impl in ("auto", *IMPLEMENTATIONS[op]):
+            assert call(impl)[0].isfinite().all(), (op, impl)
