@@ -1,0 +1,1 @@
+"""Corpora: text to token files (`python -m data.prepare`), token files to batches (`data.loader`)."""
