@@ -1,0 +1,1 @@
+"""Language models as a stage-able list of layers: embedding, blocks of (mixer, MLP), head with the loss."""

@@ -1,0 +1,80 @@
+"""Initial weights as a pure function of (seed, parameter name), so that every topology starts from the same model.
+
+A module states one `Initializer` per parameter it owns in `initializers()`; `initialize` runs them. A rule sees the
+whole tensor, so a rank that holds a slice fills the whole one and cuts.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+Initializer = Callable[[Tensor, torch.Generator], None]
+
+
+def normal(std: float) -> Initializer:
+    """N(0, std^2)."""
+
+    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+        tensor.normal_(0.0, std, generator=generator)
+
+    return fill
+
+
+def constant(value: float) -> Initializer:
+    """Every entry equal to `value`."""
+
+    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+        tensor.fill_(value)
+
+    return fill
+
+
+def parameter_generator(seed: int, name: str) -> torch.Generator:
+    """The random stream that belongs to the parameter called `name` under `seed`."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int) -> None:
+    """Fills every parameter of `model`; drawn in fp32 on the CPU, so equal on every device.
+
+    Raises:
+        TypeError: a module owns a parameter without a rule, or has a rule without a parameter.
+    """
+    done: set[int] = set()
+    for module_name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        rules: dict[str, Initializer] = module.initializers() if hasattr(module, "initializers") else {}
+        if own.keys() - rules.keys() and not all(id(p) in done for p in own.values()):
+            raise TypeError(
+                f"{type(module).__name__} {module_name!r} has no initial value for {own.keys() - rules.keys()}"
+            )
+        for name, rule in rules.items():
+            values = torch.empty(own[name].shape, dtype=torch.float32)
+            rule(values, parameter_generator(seed, f"{module_name}.{name}"))
+            own[name].copy_(values)
+            done.add(id(own[name]))
+
+
+class Linear(nn.Linear):
+    """A linear map whose weights start as N(0, variance_scale / in_features), biases as zero (LeCun, 1998).
+
+    Args:
+        variance_scale: 1 keeps the variance of the input; maps that write into the residual stream take 2 / depth, so
+            that the stream's variance does not grow with the number of layers.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, variance_scale: float = 1.0) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.variance_scale = variance_scale
+
+    def reset_parameters(self) -> None:
+        """Leaves the storage as it is: `initialize` fills it."""
+
+    def initializers(self) -> dict[str, Initializer]:
+        rules = {"weight": normal(math.sqrt(self.variance_scale / self.in_features))}
+        return rules | {"bias": constant(0.0)} if self.bias is not None else rules

@@ -1,0 +1,148 @@
+"""The language model: embedding, a loop over blocks, and a head that owns the loss."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.block import Block
+from models.config import ModelConfig
+from models.init import Initializer, initialize, normal
+from models.norm import RMSNorm
+from ops import Layout, linear_cross_entropy, resolve_impl
+
+State = tuple[Any, ...]
+"""One entry a block, each its mixer's own."""
+
+
+class Embedding(nn.Module):
+    """`[B, T] -> [B, T, D]`. Rows start as N(0, 1 / D): with the scale of sqrt(D) the stream starts at unit variance,
+    and so do the logits of a tied head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.width))
+        root = torch.tensor(config.width**0.5, dtype=torch.bfloat16, device="cpu")
+        self.scale = root.item() if config.scale_embeddings else 1.0
+
+    def initializers(self) -> dict[str, Initializer]:
+        return {"weight": normal(self.weight.shape[1] ** -0.5)}
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return nn.functional.embedding(input_ids, self.weight) * self.scale
+
+
+class Head(nn.Module):
+    """Final norm and the map to the vocabulary; with labels, the loss, without ever holding all logits.
+
+    Args:
+        tied: the embedding whose matrix is used, or None for a matrix of its own.
+    """
+
+    def __init__(self, config: ModelConfig, tied: Embedding | None, *, device_type: str = "cpu") -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.width, eps=config.norm_eps, one_plus_weight=config.norm_one_plus_weight)
+        self.weight = tied.weight if tied is not None else nn.Parameter(torch.empty(config.vocab_size, config.width))
+        self.tied = tied is not None
+        self.logit_soft_cap = config.logit_soft_cap
+        choice = (config.impl or {}).get("linear_cross_entropy", "auto")
+        self.impl = resolve_impl("linear_cross_entropy", choice, device_type)
+
+    def initializers(self) -> dict[str, Initializer]:
+        return {} if self.tied else {"weight": normal(self.weight.shape[1] ** -0.5)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `[B, T, N]` in fp32, or wider where x is."""
+        logits = nn.functional.linear(self.norm(x), self.weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.logit_soft_cap is None:
+            return logits
+        return self.logit_soft_cap * torch.tanh(logits / self.logit_soft_cap)
+
+    def loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Negative log likelihood and log normaliser of each label, `[B, T]` fp32, 0 where the label is -100."""
+        return linear_cross_entropy(
+            self.norm(x), self.weight, labels, logit_soft_cap=self.logit_soft_cap, impl=self.impl
+        )
+
+    def flops_per_token(self) -> int:
+        return 2 * self.weight.numel()
+
+
+class LM(nn.Module):
+    """Decoder-only language model over any stack of mixers.
+
+    Args:
+        config: the model.
+        seed: initial weights are a function of it and of the parameter names alone.
+        device_type: where it will run, for resolving `impl: auto`.
+    """
+
+    blocks: Any  # an nn.ModuleList of Block, which type checkers would take for bare modules
+
+    def __init__(self, config: ModelConfig, *, seed: int = 0, device_type: str = "cpu") -> None:
+        super().__init__()
+        self.config = config
+        self.embed = Embedding(config)
+        self.blocks = nn.ModuleList(Block(config, kind, device_type=device_type) for kind in config.layers)
+        self.head = Head(config, self.embed if config.tie_embeddings else None, device_type=device_type)
+        self.reset_parameters(seed)
+
+    def reset_parameters(self, seed: int) -> None:
+        if not self.embed.weight.is_meta:
+            initialize(self, seed)
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, labels: Tensor | None = None, state: State | None = None
+    ) -> tuple[Tensor, Any]:
+        """
+        Args:
+            input_ids, positions, labels: int64 `[B, T]`; `positions` counts from 0 inside each document, `labels` are
+                shifted already, -100 where there is no target.
+            state: of the tokens before these, from `init_state` or an earlier call.
+
+        Returns:
+            With labels (nll, log_z), fp32 `[B, T]` each (`Head.loss`). Without, the logits `[B, T, N]` and the state
+            after these tokens, None unless one was given.
+        """
+        layout = Layout(positions)
+        x = self.embed(input_ids)
+        new_state = []
+        for block, block_state in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
+            x, block_state = block(x, layout, block_state)
+            new_state.append(block_state)
+        if labels is not None:
+            return self.head.loss(x, labels)
+        return self.head(x), tuple(new_state) if state is not None else None
+
+    def init_state(self, batch_size: int, device: torch.device | str = "cpu") -> State:
+        """The state before the first token of `batch_size` rows."""
+        return tuple(block.mixer.init_state(batch_size, device) for block in self.blocks)
+
+    def num_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Forward FLOPs of one token in a row of `sequence_length`; a training step takes three times as many."""
+        blocks = sum(block.flops_per_token(sequence_length) for block in self.blocks)
+        return blocks + self.head.flops_per_token()
+
+    def layer_table(self, sequence_length: int) -> list[dict[str, Any]]:
+        """One row a layer: layer, mixer, impl, parameters, forward FLOPs per token."""
+        embedding = self.embed.weight.numel()
+        rows: list[dict[str, Any]] = [
+            {"layer": "embed", "mixer": "", "impl": "", "parameters": embedding, "flops_per_token": 0}
+        ]
+        for i, block in enumerate(self.blocks):
+            rows.append(
+                {
+                    "layer": f"blocks.{i}",
+                    "mixer": block.kind,
+                    "impl": block.mixer.core.impl,
+                    "parameters": sum(p.numel() for p in block.parameters()),
+                    "flops_per_token": block.flops_per_token(sequence_length),
+                }
+            )
+        own = self.num_params() - sum(row["parameters"] for row in rows)
+        head = {"layer": "head", "mixer": "tied to embed" if self.head.tied else "", "impl": self.head.impl}
+        return [*rows, head | {"parameters": own, "flops_per_token": self.head.flops_per_token()}]

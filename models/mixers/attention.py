@@ -1,0 +1,154 @@
+"""Softmax attention, over the whole document or a sliding window, with grouped keys and rotary angles."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from models.init import Linear
+from ops import Layout, attention, local_attention, resolve_impl, rotary
+
+KVState = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """
+    Attributes:
+        heads: query heads H.
+        kv_heads: key and value heads G; H is a multiple of it (Ainslie et al., 2023). One is multi-query attention.
+        head_dim: K, even.
+        rotary_fraction: share of the head's features that are rotated (Su et al., 2021); 0 turns rotation off.
+        rotary_theta: base of the rotation's wavelengths.
+        qkv_bias, output_bias: whether the projections have biases.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_fraction: float = 1.0
+    rotary_theta: float = 10_000.0
+    qkv_bias: bool = False
+    output_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kv_heads < 1 or self.heads < 1 or self.heads % self.kv_heads:
+            raise ValueError(f"heads: {self.heads}; must be a positive multiple of kv_heads ({self.kv_heads})")
+        if not 0.0 <= self.rotary_fraction <= 1.0 or self.rotary_dim % 2:
+            raise ValueError(
+                f"rotary_fraction: {self.rotary_fraction}; must lie in 0 to 1 and leave an even number of the "
+                f"{self.head_dim} features of a head to rotate"
+            )
+
+    @property
+    def rotary_dim(self) -> int:
+        return int(self.rotary_fraction * self.head_dim)
+
+    def num_params(self, width: int) -> int:
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        biases = self.qkv_bias * (queries + 2 * keys) + self.output_bias * width
+        return width * (2 * queries + 2 * keys) + biases
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalAttentionConfig(AttentionConfig):
+    """`window`: a query sees itself and the window - 1 tokens before it."""
+
+    window: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window < 1:
+            raise ValueError(f"window: {self.window}; at least 1 token, the query itself, must be seen")
+
+
+class AttentionCore(nn.Module):
+    """The attention op alone, without parameters."""
+
+    def __init__(self, impl: str, window: int | None) -> None:
+        super().__init__()
+        self.impl = impl
+        self.window = window
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, state: KVState | None, output_final_state: bool
+    ) -> tuple[Tensor, KVState | None]:
+        op: Any = attention if self.window is None else partial(local_attention, window=self.window)
+        return op(q, k, v, layout=layout, initial_state=state, output_final_state=output_final_state, impl=self.impl)
+
+
+class Attention(nn.Module):
+    """Causal attention inside each document; its state is the rotated keys and the values seen so far."""
+
+    config_class: ClassVar[type] = AttentionConfig
+    op: ClassVar[str] = "attention"
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        width: int,
+        *,
+        output_scale: float = 1.0,
+        impl: Mapping[str, str] | None = None,
+        device_type: str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.config = config
+        queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q_proj = Linear(width, queries, bias=config.qkv_bias)
+        self.k_proj = Linear(width, keys, bias=config.qkv_bias)
+        self.v_proj = Linear(width, keys, bias=config.qkv_bias)
+        self.core = AttentionCore(resolve_impl(self.op, (impl or {}).get(self.op, "auto"), device_type), self.window)
+        self.o_proj = Linear(queries, width, bias=config.output_bias, variance_scale=output_scale)
+
+    @property
+    def window(self) -> int | None:
+        return None
+
+    def forward(self, x: Tensor, layout: Layout | None, state: KVState | None = None) -> tuple[Tensor, KVState | None]:
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.config.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.config.rotary_dim:
+            positions = self._angles(x, layout, state)
+            q, k = (
+                rotary(t, positions, theta=self.config.rotary_theta, rotary_dim=self.config.rotary_dim) for t in (q, k)
+            )
+        # [B, T, H, K], [B, T, G, K]
+        known = state if state is not None and state[0].shape[1] else None
+        o, new_state = self.core(q, k, v, layout, known, state is not None)
+        return self.o_proj(o.flatten(-2)), new_state
+
+    def _angles(self, x: Tensor, layout: Layout | None, state: KVState | None) -> Tensor:
+        if layout is not None:
+            return layout.positions
+        if state is not None and state[0].shape[1]:
+            raise ValueError("layout: None; attention that continues from a state needs the positions of its tokens")
+        return torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+
+    def init_state(self, batch_size: int, device: torch.device | str) -> KVState:
+        """No keys yet: the cache takes the dtype of the first keys that enter it."""
+        shape = (batch_size, 0, self.k_proj.out_features // self.config.head_dim, self.config.head_dim)
+        return torch.empty(shape, device=device), torch.empty(shape, device=device)
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Projections, and scores and values over the mean number of keys that a query of a full row sees."""
+        width, queries = self.q_proj.in_features, self.q_proj.out_features
+        window = min(self.window or sequence_length, sequence_length)
+        keys_seen = window - window * (window - 1) / (2 * sequence_length)
+        return int(2 * (width * (2 * queries + 2 * self.k_proj.out_features) + 2 * queries * keys_seen))
+
+
+class LocalAttention(Attention):
+    """Attention over a sliding window (Beltagy et al., 2020): state and cost per token do not grow with the context."""
+
+    config_class: ClassVar[type] = LocalAttentionConfig
+    op: ClassVar[str] = "local_attention"
+    config: LocalAttentionConfig
+
+    @property
+    def window(self) -> int | None:
+        return self.config.window

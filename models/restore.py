@@ -1,0 +1,60 @@
+"""A trained model back from its run directory or checkpoint, in one process."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+
+from models.checkpoint import META, TOKENIZER, CheckpointError, latest_good, load_weights, read_meta
+from models.config import ModelConfig
+from models.lm import LM
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` is, or the newest intact one of the run directory that it is.
+
+    Raises:
+        CheckpointError: it is neither, or the run has no intact checkpoint.
+    """
+    if (path / META).is_file():
+        return path
+    if (path / "config.json").is_file():
+        raise CheckpointError(f"{path}: a Hugging Face directory, no checkpoint; load it with transformers")
+    if not (path / "checkpoints").is_dir():
+        raise CheckpointError(f"{path}: neither a run directory nor a checkpoint; name one that train.py wrote")
+    checkpoint, skipped = latest_good(path / "checkpoints")
+    if checkpoint is None:
+        reasons = "".join(f"; {reason}" for reason in skipped)
+        raise CheckpointError(f"{path}: no intact checkpoint{reasons}; train until one is saved")
+    return checkpoint
+
+
+def restore_model(checkpoint: Path, device: torch.device | str = "cpu") -> LM:
+    """The model of a checkpoint, in fp32.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or does not say what model it holds.
+    """
+    meta = read_meta(checkpoint)
+    if "model" not in meta:
+        raise CheckpointError(f"{checkpoint / META}: has no model entry; use a checkpoint that train.py wrote")
+    config = dataclasses.replace(_from_plain(ModelConfig, meta["model"]), impl=None)  # chosen for this device instead
+    model = LM(config, device_type=torch.device(device).type)
+    load_weights(checkpoint, model)
+    return model.to(device)
+
+
+def tokenizer_path(checkpoint: Path) -> Path | None:
+    """The tokenizer that was saved with a checkpoint, None if the run had none."""
+    path = checkpoint / TOKENIZER
+    return path if path.is_file() else None
+
+
+def _from_plain(kind: Any, value: Any) -> Any:
+    """What `dataclasses.asdict` took apart, after JSON, as an instance of the dataclass `kind` again."""
+    dataclass: Any = next((option for option in (kind, *get_args(kind)) if dataclasses.is_dataclass(option)), None)
+    if dataclass is not None and isinstance(value, dict):
+        hints = get_type_hints(dataclass)
+        return dataclass(**{key: _from_plain(hints[key], inner) for key, inner in value.items()})
+    return tuple(value) if isinstance(value, list) else value
