@@ -1,0 +1,1 @@
+"""The run schema and complete runs, one YAML each."""

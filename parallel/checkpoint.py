@@ -1,0 +1,226 @@
+"""Writing checkpoints from all ranks at once, and continuing from them on any number of ranks.
+
+Each parameter has one owner among the ranks, balanced by size, that keeps its tensors while the others pass on: no rank
+ever holds more than its share. The directory is to be seen by all ranks. What fails on one rank is told to all, so that
+all raise the same error and none waits for the others.
+"""
+
+import dataclasses
+import heapq
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from models.checkpoint import (
+    CONFIG,
+    FORMAT_VERSION,
+    KINDS,
+    META,
+    CheckpointError,
+    causes,
+    checkpoint_name,
+    describe_file,
+    list_checkpoints,
+    read_meta,
+    read_tensors,
+    require_parameters,
+    tensor_key,
+    verify,
+)
+from parallel.commit import prepare, publish, retire, write_rest
+from parallel.engine import Engine
+from parallel.grid import Grid
+from parallel.state import TrainingState
+
+T = TypeVar("T")
+
+
+def save_checkpoint(
+    engine: Engine,
+    directory: Path,
+    *,
+    step: int,
+    progress: dict[str, Any],
+    config_yaml: str,
+    environment: dict[str, Any],
+    tokenizer_path: Path | None,
+    keep_last: int,
+    keep_every: int | None,
+) -> Path:
+    """Writes `directory/step_<step>`, points `latest` at it and removes what is no longer kept. Collective.
+
+    The checkpoint appears under its name once every byte is on the disk. If anything fails on any rank, what was
+    written is removed and older checkpoints stay as they are.
+
+    Args:
+        engine: what to save.
+        directory: of the run's checkpoints.
+        step: optimizer steps done.
+        progress: what the run needs besides to continue, for example consumed samples; JSON.
+        config_yaml, environment, tokenizer_path: stored with it, so that it can be used alone.
+        keep_last: number of newest checkpoints that stay.
+        keep_every: checkpoints at multiples of this step stay for good. Those beyond `step` go in any case: they belong
+            to a course that the run left when it continued from an earlier one.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: on every rank, naming the path and what failed on which rank.
+    """
+    grid = engine.grid
+    final = directory / checkpoint_name(step)
+    staging = directory / f".{final.name}.partial"
+    meta = _describe(engine) | {"step": step, "progress": progress, "environment": environment}
+    contents = {META: json.dumps(meta, indent=1).encode(), CONFIG: config_yaml.encode()}
+    with ExitStack() as guard:
+        try:
+            _on_lead(grid, lambda: prepare(staging, guard))
+            files = _write_tensors(engine, staging)
+            _on_lead(grid, lambda: write_rest(staging, contents, tokenizer_path, files))
+            _on_lead(grid, lambda: publish(staging, final))
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{final}: not saved: {error}; older checkpoints are intact: mend this and start the run again"
+            ) from error
+        _on_lead(grid, lambda: retire(directory, step, keep_last, keep_every))
+    return final
+
+
+def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
+    """Continues from a checkpoint, whatever number of ranks and ZeRO stage wrote it. Collective.
+
+    Returns:
+        The `progress` it was saved with, and its `step`.
+
+    Raises:
+        CheckpointError: on every rank; it is damaged, or of another model, whose differences are listed by name. The
+            engine is unchanged then.
+    """
+    grid, state = engine.grid, engine.state
+    shapes = {name: parameter.shape for name, parameter in state.parameters.items()}
+    _verify(grid, path)
+    _everywhere(grid, lambda: require_parameters(path, shapes))
+    meta = read_meta(path)
+    owners = _owners(state, grid.world_size)
+    keys = [tensor_key(kind, name) for name, owner in owners.items() if owner == grid.rank for kind in KINDS]
+    generators = _generators(grid) if meta["ranks"] == _ranks(grid) else {}
+    tensors = _everywhere(grid, lambda: read_tensors(path, [*keys, *generators]))
+
+    for name, owner in owners.items():
+        for kind in KINDS:
+            if owner == grid.rank:
+                value = tensors.pop(tensor_key(kind, name)).to(grid.device)
+            else:
+                value = torch.empty(shapes[name], device=grid.device)
+            dist.broadcast(value, src=owner)
+            state.assign(name, kind, value)
+    state.num_updates = meta["num_updates"]
+    for key, (_, restore) in generators.items():
+        restore(tensors[key])
+    return meta["progress"] | {"step": meta["step"]}
+
+
+def find_checkpoint(grid: Grid, directory: Path) -> tuple[Path | None, list[str]]:
+    """`models.checkpoint.latest_good`, the reading shared among all ranks. Collective."""
+    skipped = []
+    for path in reversed(list_checkpoints(directory)):
+        try:
+            _verify(grid, path)
+        except CheckpointError as error:
+            skipped.append(str(error))
+        else:
+            return path, skipped
+    return None, skipped
+
+
+def _everywhere(grid: Grid, action: Callable[[], T]) -> T:
+    """Runs `action`, which must not communicate, on every rank; if it fails on any, raises CheckpointError on all."""
+    problem = None
+    try:
+        result = action()
+    except CheckpointError as error:
+        problem = str(error)
+    except Exception as error:
+        problem = f"rank {grid.rank}: {causes(error)}"
+    problems: list[str | None] = [None] * grid.world_size
+    dist.all_gather_object(problems, problem)
+    distinct = list(dict.fromkeys(problem for problem in problems if problem))
+    if distinct:
+        raise CheckpointError("; ".join(distinct))
+    return result
+
+
+def _on_lead(grid: Grid, action: Callable[[], None]) -> None:
+    """`_everywhere`, with something to do on the first rank only."""
+    _everywhere(grid, action if grid.is_lead else lambda: None)
+
+
+def _verify(grid: Grid, path: Path) -> None:
+    _everywhere(grid, lambda: verify(path, part=grid.rank, parts=grid.world_size))
+
+
+def _ranks(grid: Grid) -> dict[str, Any]:
+    """What random number generators a checkpoint holds."""
+    return {"world_size": grid.world_size, "device": grid.device.type}
+
+
+def _describe(engine: Engine) -> dict[str, Any]:
+    """What `meta.json` says of an engine."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": dataclasses.asdict(engine.module.config),
+        "parameters": {name: list(parameter.shape) for name, parameter in engine.state.parameters.items()},
+        "num_updates": engine.state.num_updates,
+        "precision": engine.precision,
+        "zero_stage": engine.parallel.zero_stage,
+        "ranks": _ranks(engine.grid),
+    }
+
+
+def _owners(state: TrainingState, world_size: int) -> dict[str, int]:
+    """The rank that keeps each parameter's tensors: the largest first, to the rank with the least so far."""
+    loads = [(0, rank) for rank in range(world_size)]
+    owners = {}
+    for name, parameter in sorted(state.parameters.items(), key=lambda item: (-item[1].numel(), item[0])):
+        load, rank = heapq.heappop(loads)
+        heapq.heappush(loads, (load + parameter.numel(), rank))
+        owners[name] = rank
+    return owners
+
+
+def _generators(grid: Grid) -> dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
+    """This rank's global random number generators: stored name -> (get, set) of its state."""
+    generators: dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], None]]] = {
+        f"rng.cpu.{grid.rank}": (torch.get_rng_state, torch.set_rng_state)
+    }
+    if grid.device.type == "cuda":
+        generators[f"rng.cuda.{grid.rank}"] = (torch.cuda.get_rng_state, torch.cuda.set_rng_state)
+    return generators
+
+
+def _write_tensors(engine: Engine, staging: Path) -> dict[str, dict[str, Any]]:
+    """Writes every rank's share of the tensors, synced. Collective; returns the manifest's entries for the files."""
+    grid, state = engine.grid, engine.state
+    tensors = {key: get() for key, (get, _) in _generators(grid).items()}
+    for name, owner in _owners(state, grid.world_size).items():
+        for kind in KINDS:
+            whole = state.gather(name, kind)
+            if owner == grid.rank:
+                tensors[tensor_key(kind, name)] = whole.cpu()
+    try:
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(staging))
+    except CheckpointException as error:  # on every rank, wherever it happened
+        raise CheckpointError(causes(error)) from error
+    mine = _everywhere(grid, lambda: {path.name: describe_file(path) for path in staging.glob(f"__{grid.rank}_*")})
+    shares: list[dict[str, Any]] = [{}] * grid.world_size
+    dist.all_gather_object(shares, mine)
+    return {name: entry for share in shares for name, entry in share.items()}

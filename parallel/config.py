@@ -1,0 +1,123 @@
+"""How a run is spread over ranks, as frozen data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Precision = Literal["fp32", "bf16"]
+
+DERIVED_KEYS = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.batch_size, train.micro_batch_size and the number of ranks",
+    "managed_gradient_accumulation": "train.batch_size, train.micro_batch_size and the number of ranks",
+    "gradient_clipping": "optimizer.clip_norm",
+    "optimizer": "optimizer",
+    "zero_allow_untested_optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "data_types": "train.precision",
+    "torch_autocast": "train.precision",
+    "communication_data_type": "train.precision, which reduces gradients in fp32",
+    "gradient_allreduce_op": "the exact token mean of the loss",
+    "gradient_predivide_factor": "the exact token mean of the loss",
+    "prescale_gradients": "the exact token mean of the loss",
+    "steps_per_print": "log.every",
+    "zero_optimization.stage": "parallel.zero_stage",
+    "zero_optimization.compute_grad_norm": "the log, which reports the gradient norm of every step",
+}
+"""DeepSpeed keys that Rondo sets, each with what decides it."""
+
+UNSUPPORTED_KEYS = {
+    "zero_optimization.offload_optimizer": "checkpoints do not reach moments outside the device",
+    "zero_optimization.offload_param": "it needs ZeRO 3",
+}
+"""DeepSpeed keys that cannot work here, each with the reason."""
+
+
+DEFAULTS = {
+    "zero_optimization": {"reduce_bucket_size": 50_000_000},  # 200 MB; DeepSpeed's own default takes 2 GB of a GPU
+    "timers": {"throughput": {"enabled": False}},  # it waits for the device around every forward pass
+}
+"""DeepSpeed keys whose defaults do not serve; `engine` may change them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """
+    Attributes:
+        zero_stage: what the data-parallel ranks split among them: 0 nothing, 1 optimizer moments and master weights,
+            2 gradients besides.
+        timeout_minutes: how long a rank waits for the others before it gives up.
+        engine: further DeepSpeed configuration, passed through as it is, for example
+            `{zero_optimization: {overlap_comm: true}}`.
+    """
+
+    zero_stage: int = 1
+    timeout_minutes: float = 30.0
+    engine: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (0, 1, 2):
+            raise ValueError(f"zero_stage: {self.zero_stage}; must be 0, 1 or 2")
+        if self.timeout_minutes <= 0:
+            raise ValueError(f"timeout_minutes: {self.timeout_minutes}; must be positive")
+        for path, value in _paths(self.engine):
+            if path == "zero_optimization" and not isinstance(value, Mapping):
+                raise ValueError(f"engine.{path}: {value!r}; must be a mapping; set zero_stage for the stage")
+            if path in DERIVED_KEYS:
+                raise ValueError(f"engine.{path}: {value!r}; follows from {DERIVED_KEYS[path]}; remove it and set that")
+            if path in UNSUPPORTED_KEYS:
+                raise ValueError(f"engine.{path}: {value!r}; not possible, {UNSUPPORTED_KEYS[path]}; remove it")
+
+
+def deepspeed_config(
+    parallel: ParallelConfig,
+    *,
+    clip_norm: float | None,
+    precision: Precision,
+    micro_batch_size: int,
+    num_microbatches: int,
+) -> dict[str, Any]:
+    """DeepSpeed's configuration: what follows from ours, and the keys `parallel.engine` adds.
+
+    Args:
+        clip_norm: the gradient is scaled down to this norm where it is larger; None: never.
+        micro_batch_size: rows of a microbatch.
+        num_microbatches: microbatches of a step on each rank.
+    """
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision: {precision!r}; must be fp32 or bf16")
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": num_microbatches,
+        "gradient_clipping": clip_norm if clip_norm is not None and parallel.zero_stage > 0 else 0.0,
+        "zero_optimization": {"stage": parallel.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    if precision == "bf16":
+        # No module counts as safe for low-precision reduction: by default DeepSpeed would reduce the gradients of
+        # linear layers in bf16.
+        derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return _merge(_merge(DEFAULTS, parallel.engine), derived)
+
+
+def _merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the entries of `override`, recursively."""
+    merged = dict(base)
+    for key, value in override.items():
+        both_nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both_nested else value
+    return merged
+
+
+def _paths(mapping: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Every key of a nested mapping as (dotted path, value), inner mappings included."""
+    paths = []
+    for key, value in mapping.items():
+        paths.append((f"{prefix}{key}", value))
+        if isinstance(value, Mapping):
+            paths += _paths(value, f"{prefix}{key}.")
+    return paths

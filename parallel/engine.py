@@ -1,0 +1,187 @@
+"""One optimizer step on all ranks, on DeepSpeed.
+
+The loss is the mean over all valid targets of the global batch, exactly, whatever the split into ranks and
+microbatches: the targets are counted over all ranks before the first backward pass, and each microbatch contributes
+its sum divided by that count. DeepSpeed averages gradients over the data axis, so the axis' size is multiplied back in.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models.lm import LM
+from parallel.config import ParallelConfig, Precision, deepspeed_config
+from parallel.grid import Grid
+from parallel.state import TrainingState
+from training.config import OptimizerConfig
+from training.optimizer import parameter_groups
+
+NO_TARGET = -100
+"""The label of a token that is not followed by a target."""
+
+
+class Batch(Protocol):
+    """Rows of one rank, int64 `[B, T]` each."""
+
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...
+    @property
+    def positions(self) -> Tensor: ...
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step measured over the global batch.
+
+    Attributes:
+        loss: mean negative log likelihood over all valid targets, in nats; 0 if there is none.
+        z_loss: mean squared log normaliser over the same targets, before its weight.
+        grad_norm: L2 norm of the whole gradient before clipping. Not finite: the gradient was not either, and weights
+            and moments were left as they were.
+        tokens: valid targets.
+    """
+
+    loss: float
+    z_loss: float
+    grad_norm: float
+    tokens: int
+
+
+class Engine:
+    """Trains a model: `step` is forward, backward, reduction, clipping and update.
+
+    Args:
+        model: called as `model(input_ids, positions, labels) -> (nll [B, T], log_z [B, T])`; its weights must be equal
+            on all ranks. Moved to the grid's device.
+        grid: the processes.
+        parallel: how state is split over them.
+        optimizer: AdamW's settings; the learning rate comes with each step instead.
+        precision: `fp32`, or `bf16`: matrix products in bf16, parameters, gradients and their reduction in fp32.
+        z_loss: weight of the mean squared log normaliser in the objective.
+        micro_batch_size: rows of a microbatch.
+        num_microbatches: microbatches of a step on each rank.
+
+    Attributes:
+        module: the model.
+        state: weights, moments and step count, for checkpoints.
+
+    Raises:
+        ValueError: an unknown precision, or weights that differ between ranks.
+    """
+
+    def __init__(
+        self,
+        model: LM,
+        *,
+        grid: Grid,
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig,
+        precision: Precision,
+        z_loss: float,
+        micro_batch_size: int,
+        num_microbatches: int,
+    ) -> None:
+        self.grid = grid
+        self.parallel = parallel
+        self.precision = precision
+        self.z_loss = z_loss
+        self.num_microbatches = num_microbatches
+        self.module = model.to(grid.device)
+        config = deepspeed_config(
+            parallel,
+            clip_norm=optimizer.clip_norm,
+            precision=precision,
+            micro_batch_size=micro_batch_size,
+            num_microbatches=num_microbatches,
+        )
+        _require_equal_weights(model, grid)
+        # Fused: ZeRO hands over one flat tensor, and the unfused update would allocate several more of its size.
+        self._adamw = torch.optim.AdamW(
+            parameter_groups(model, optimizer.weight_decay),
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            fused=True,
+        )
+        self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self._adamw, config=config)
+        self._clip_norm = optimizer.clip_norm or float("inf")
+        self.state = TrainingState(model, self._adamw, self._deepspeed.optimizer)
+
+    def step(self, microbatches: Sequence[Batch], lr: float) -> StepResult:
+        """One optimizer step over the microbatches of all ranks, at learning rate `lr`. Collective."""
+        if len(microbatches) != self.num_microbatches:
+            raise ValueError(f"{len(microbatches)} microbatches; this engine takes {self.num_microbatches} a step")
+        batches = [self._to_device(batch) for batch in microbatches]
+        tokens = torch.stack([(labels != NO_TARGET).sum() for _, _, labels in batches]).sum()
+        dist.all_reduce(tokens)
+        scale = self.grid.dp_size / tokens.clamp(min=1)
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+
+        sums = torch.zeros(2, dtype=torch.float64, device=self.grid.device)  # of nll and log_z ** 2
+        for batch in batches:
+            nll, log_z = self._deepspeed(*batch)
+            nll_sum, square_sum = nll.sum(), log_z.square().sum()
+            self._deepspeed.backward(scale * (nll_sum + self.z_loss * square_sum), scale_wrt_gas=False)
+            sums += torch.stack([nll_sum, square_sum]).detach()
+            if batch is batches[-1] and self.parallel.zero_stage == 0:
+                grad_norm = self._clip()
+            self._deepspeed.step()
+        if self.parallel.zero_stage > 0:
+            grad_norm = self._deepspeed.get_global_grad_norm()
+
+        dist.all_reduce(sums)
+        loss, z_loss = (sums / tokens.clamp(min=1)).tolist()
+        return StepResult(loss=loss, z_loss=z_loss, grad_norm=float(grad_norm), tokens=int(tokens))
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor:
+        """Negative log likelihood of this rank's rows, fp32 `[B, T]`, 0 where there is no target."""
+        self.module.eval()
+        try:
+            nll, _ = self._deepspeed(*self._to_device(batch))
+        finally:
+            self.module.train()
+        return nll
+
+    def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The model's arguments."""
+        input_ids, positions, labels = (
+            tensor.to(self.grid.device, non_blocking=True)
+            for tensor in (batch.input_ids, batch.positions, batch.labels)
+        )
+        return input_ids, positions, labels
+
+    def _clip(self) -> Tensor:
+        """Norm of the reduced gradients before they are clipped: without ZeRO, DeepSpeed clips but does not tell.
+
+        Gradients that are not finite are dropped, as ZeRO drops them: AdamW passes over parameters without one.
+        """
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._clip_norm)
+        if not norm.isfinite():
+            self.module.zero_grad(set_to_none=True)
+        return norm
+
+
+def _require_equal_weights(model: nn.Module, grid: Grid) -> None:
+    """Raises ValueError if any parameter's bits sum to something else on another rank.
+
+    DeepSpeed would overwrite them all with the first rank's, and hide that ranks were built differently.
+    """
+    names, parameters = zip(*model.named_parameters())
+    assert all(p.dtype == torch.float32 for p in parameters), "parameters are fp32 in every precision"
+    sums = torch.stack([p.detach().view(torch.int32).sum() for p in parameters])  # int64
+    extremes = torch.cat([sums, -sums])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    highest, negated_lowest = extremes.chunk(2)
+    different = [name for name, equal in zip(names, (highest == -negated_lowest).tolist()) if not equal]
+    if different:
+        raise ValueError(
+            f"rank {grid.rank}: initial weights differ between ranks in {len(different)} parameters, first in "
+            f"{different[0]}; start all ranks with the same configuration, code and torch version"
+        )

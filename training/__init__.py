@@ -1,0 +1,1 @@
+"""What the training loop calls besides the engine: optimizer groups, schedule, logging."""
