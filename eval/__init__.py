@@ -1,0 +1,1 @@
+"""Validation loss, generation, the run report, and the demo that ties everything together."""

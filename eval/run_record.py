@@ -1,0 +1,127 @@
+"""What a run directory says about its run: metrics, layers, samples, environment, configuration."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+
+
+class Sample(NamedTuple):
+    """Text the model wrote after `step` steps."""
+
+    step: int
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """One run.
+
+    Attributes:
+        path: the run directory.
+        training, validation: the rows of metrics.jsonl of either kind, one a step, steps ascending.
+        events: the event rows, in the order they were written.
+        repeated_steps: logged steps that were computed more than once, because a checkpoint lay behind them.
+        notes: what a reader of the figures should know: damaged lines, missing files.
+        layers: the rows of layers.json.
+        samples: samples/step_*.txt, steps ascending.
+        environment: environment.json.
+        config: config.yaml as it stands.
+    """
+
+    path: Path
+    training: tuple[Row, ...]
+    validation: tuple[Row, ...]
+    events: tuple[Row, ...]
+    repeated_steps: int
+    notes: tuple[str, ...]
+    layers: tuple[Row, ...]
+    samples: tuple[Sample, ...]
+    environment: dict[str, Any]
+    config: str
+
+
+def read_run(path: Path) -> RunRecord:
+    """Reads a run directory; what is missing beside the metrics becomes a note.
+
+    Raises:
+        ValueError: `path` is no run directory, or its metrics hold no training step.
+    """
+    metrics = path / "metrics.jsonl"
+    if not metrics.is_file():
+        raise ValueError(f"{path}: no run directory, it has no metrics.jsonl; name a directory that train.py wrote")
+    notes: list[str] = []
+    training, validation, events, repeated = _read_metrics(metrics, notes)
+    if not training:
+        raise ValueError(f"{metrics}: holds no training step yet; train first, or wait for the first logged step")
+    layers = _read_optional(path / "layers.json", notes)
+    environment = _read_optional(path / "environment.json", notes)
+    config = _read_optional(path / "config.yaml", notes)
+    samples = [
+        Sample(int(file.stem.removeprefix("step_")), file.read_text(encoding="utf-8"))
+        for file in path.glob("samples/step_*.txt")
+    ]
+    return RunRecord(
+        path=path,
+        training=tuple(training[step] for step in sorted(training)),
+        validation=tuple(validation[step] for step in sorted(validation)),
+        events=tuple(events),
+        repeated_steps=repeated,
+        notes=tuple(notes),
+        layers=tuple(json.loads(layers or "[]")),
+        samples=tuple(sorted(samples)),
+        environment=json.loads(environment or "{}"),
+        config=config,
+    )
+
+
+def _read_metrics(path: Path, notes: list[str]) -> tuple[dict[int, Row], dict[int, Row], list[Row], int]:
+    """Training rows and validation rows by step, events, and the number of training rows that were written again.
+
+    The last row of a step counts. A resume goes back to its checkpoint: rows beyond it are dropped even where the run
+    has not come to their steps again.
+    """
+    training: dict[int, Row] = {}
+    validation: dict[int, Row] = {}
+    events: list[Row] = []
+    seen: set[int] = set()
+    repeated = 0
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        row = _parse(line)
+        if not line.strip():
+            continue
+        if row is None:
+            cut = (
+                "the last line is cut off, as a kill leaves it" if number == len(lines) else f"line {number} is damaged"
+            )
+            notes.append(f"metrics.jsonl: {cut}; it was left out.")
+        elif "event" in row:
+            events.append(row)
+            if row["event"] == "resumed":
+                training = {step: old for step, old in training.items() if step <= row["step"]}
+                validation = {step: old for step, old in validation.items() if step <= row["step"]}
+        elif "val_loss" in row:
+            validation[row["step"]] = row
+        else:
+            repeated += row["step"] in seen
+            seen.add(row["step"])
+            training[row["step"]] = row
+    return training, validation, events, repeated
+
+
+def _parse(line: str) -> Row | None:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _read_optional(path: Path, notes: list[str]) -> str:
+    if not path.is_file():
+        notes.append(f"{path.name}: not in the run directory.")
+        return ""
+    return path.read_text(encoding="utf-8")

@@ -1,0 +1,147 @@
+"""Generation through the state against the full forward, and what its settings promise."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import eval.generate
+from data.tokenizer import Tokenizer
+from eval.generate import _choose, generate, main, sample_text
+from models.lm import LM
+from tests.models.griffin import griffin, griffin_config, write_run
+
+TOKENIZER = Path(__file__).resolve().parents[1] / "assets" / "tokenizer.model"
+PROMPTS = [[2, 7, 9, 11, 4, 5, 8, 30, 31], [2], [2, 40, 41], [2, 1, 1, 1, 60, 59, 58]]
+
+
+@pytest.fixture(scope="module")
+def model() -> LM:
+    return griffin().eval()
+
+
+@pytest.fixture(scope="module")
+def speaker() -> LM:
+    """As many tokens as the tokenizer has."""
+    return griffin(griffin_config(vocab_size=Tokenizer(TOKENIZER).vocab_size)).eval()
+
+
+@pytest.fixture(scope="module")
+def run(speaker: LM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "tiny", speaker, TOKENIZER)
+
+
+@torch.no_grad()
+def greedy_by_full_forward(model: LM, prompt: list[int], max_tokens: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(max_tokens):
+        tokens = torch.tensor([ids])
+        ids.append(int(model(tokens, torch.arange(len(ids)).unsqueeze(0))[0][0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_greedy_equals_the_full_forward(model: LM) -> None:
+    """Prompts of unequal length in one batch, continued over several windows of the attention."""
+    expected = [greedy_by_full_forward(model, prompt, 15) for prompt in PROMPTS]
+    assert len({tuple(row) for row in expected}) == len(PROMPTS), "rows that all say the same prove little"
+    assert generate(model, PROMPTS, max_tokens=15, temperature=0) == expected
+
+
+def test_a_long_prompt_is_read_in_chunks(model: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = generate(model, PROMPTS, max_tokens=8, temperature=0)
+    monkeypatch.setattr(eval.generate, "PREFILL_CHUNK", 4)
+    assert generate(model, PROMPTS, max_tokens=8, temperature=0) == whole
+
+
+def test_eos_ends_a_row_and_not_its_neighbours(model: LM) -> None:
+    free = generate(model, PROMPTS, max_tokens=12, temperature=0)
+    eos = free[0][3]
+    stopped = generate(model, PROMPTS, max_tokens=12, temperature=0, eos_id=eos)
+    assert stopped == [row[: row.index(eos)] if eos in row else row for row in free]
+    assert len(stopped[0]) <= 3
+    assert any(len(row) == 12 for row in stopped)
+
+
+def test_sampling_is_reproducible_by_seed_alone(model: LM) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = generate(model, PROMPTS, max_tokens=12, seed=5)
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is training's"
+    torch.manual_seed(2)
+    assert generate(model, PROMPTS, max_tokens=12, seed=5) == first
+    assert generate(model, PROMPTS, max_tokens=12, seed=6) != first
+
+
+def test_a_row_does_not_depend_on_its_neighbours(model: LM) -> None:
+    together = generate(model, PROMPTS[1:], max_tokens=12, seed=5)
+    assert generate(model, PROMPTS[1:2], max_tokens=12, seed=5) == together[:1]
+
+
+def frequencies(logits: Tensor, temperature: float, top_p: float, draws: int = 4000) -> Tensor:
+    """How often each token comes out over evenly spaced draws."""
+    draw = (torch.arange(draws) + 0.5) / draws
+    tokens = _choose(logits.expand(draws, -1), draw, temperature, top_p)
+    return torch.bincount(tokens, minlength=len(logits)) / draws
+
+
+def test_draws_follow_the_distribution() -> None:
+    probabilities = torch.tensor([0.05, 0.5, 0.15, 0.3])
+    logits = probabilities.log() + 3.0
+    assert torch.allclose(frequencies(logits, 1.0, 1.0), probabilities, atol=1e-3)
+    sharper = probabilities**2 / (probabilities**2).sum()
+    assert torch.allclose(frequencies(logits, 0.5, 1.0), sharper, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "expected"),
+    [(0.01, [0, 1, 0, 0]), (0.45, [0, 1, 0, 0]), (0.6, [0, 0.625, 0, 0.375]), (0.94, [0, 10 / 19, 3 / 19, 6 / 19])],
+)
+def test_top_p_keeps_the_fewest_tokens_that_hold_its_share(top_p: float, expected: list[float]) -> None:
+    logits = torch.tensor([0.05, 0.5, 0.15, 0.3]).log()
+    assert torch.allclose(frequencies(logits, 1.0, top_p), torch.tensor(expected, dtype=torch.float32), atol=1e-3)
+
+
+def test_the_extreme_draws_are_tokens() -> None:
+    logits = torch.tensor([[0.0, float("-inf"), 1.0]]).expand(2, -1)
+    assert _choose(logits, torch.tensor([0.0, 1.0]), 1.0, 1.0).tolist() == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [({"max_tokens": 0}, "max_tokens"), ({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p")],
+)
+def test_settings_out_of_range(model: LM, settings: dict, key: str) -> None:
+    with pytest.raises(ValueError, match=f"^{key}: "):
+        generate(model, PROMPTS, **{"max_tokens": 1} | settings)
+
+
+def test_prompts_must_hold_tokens(model: LM) -> None:
+    with pytest.raises(ValueError, match=r"^prompts\[1\]: empty"):
+        generate(model, [[2], []], max_tokens=1)
+    with pytest.raises(ValueError, match=r"^prompts: none"):
+        generate(model, [], max_tokens=1)
+
+
+def test_texts_begin_with_their_prompts(speaker: LM) -> None:
+    prompts = ["def  f(x):\n\t", "", "é"]
+    texts = sample_text(speaker, Tokenizer(TOKENIZER), prompts, max_tokens=6, seed=3)
+    assert all(text.startswith(prompt) and text != prompt for text, prompt in zip(texts, prompts, strict=True))
+
+
+def test_command(run: Path, speaker: LM, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--prompt", "def ", "--prompt", "import", "--max-tokens", "5", "--device", "cpu"]
+    assert main([str(run), *arguments, "--greedy"]) == 0
+    expected = sample_text(speaker, Tokenizer(TOKENIZER), ["def ", "import"], max_tokens=5, temperature=0)
+    assert capsys.readouterr().out == "\n\n".join(expected) + "\n"
+
+
+def test_bad_usage_and_failure(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main([str(run), "--top-p", "1.5"])
+    assert exit_info.value.code == 2
+    assert "top_p: 1.5" in capsys.readouterr().err
+    assert main([str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("eval.generate: ")
+    assert error.count("\n") == 1

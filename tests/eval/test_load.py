@@ -1,0 +1,86 @@
+"""What a path that a user names turns into."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval.load import load
+from models.checkpoint import CheckpointError
+from models.lm import LM
+from tests.models.griffin import griffin, write_run
+
+TOKENIZER = Path(__file__).resolve().parents[1] / "assets" / "tokenizer.model"
+
+
+@pytest.fixture(scope="module")
+def model() -> LM:
+    return griffin()
+
+
+@pytest.fixture
+def run(model: LM, tmp_path: Path) -> Path:
+    return write_run(tmp_path / "run", model, TOKENIZER, step=10)
+
+
+def same_weights(a: LM, b: LM) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_a_run_and_its_checkpoint_give_the_same_model(run: Path, model: LM) -> None:
+    for path in (run, run / "checkpoints" / "step_00000010"):
+        loaded, tokenizer = load(path)
+        assert loaded.config == model.config
+        assert same_weights(loaded, model)
+        assert tokenizer.vocab_size > 260
+        assert not loaded.training
+
+
+def test_a_run_gives_its_newest_intact_checkpoint(run: Path, model: LM, tmp_path: Path) -> None:
+    later = write_run(tmp_path / "later", griffin(seed=1), TOKENIZER, step=20)
+    newest = run / "checkpoints" / "step_00000020"
+    shutil.copytree(later / "checkpoints" / "step_00000020", newest)
+    assert not same_weights(load(run)[0], model)
+    with (newest / "__0_0.distcp").open("r+b") as file:
+        file.truncate(100)
+    assert same_weights(load(run)[0], model)
+
+
+def test_without_an_intact_checkpoint_every_reason_is_given(run: Path) -> None:
+    (run / "checkpoints" / "step_00000010" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no intact checkpoint.*step_00000010.*no manifest\.json"):
+        load(run)
+
+
+def test_implementations_are_chosen_for_this_machine(run: Path, tmp_path: Path) -> None:
+    """A model trained with a GPU's kernels is the same model here."""
+    meta = run / "checkpoints" / "step_00000010" / "meta.json"
+    content = json.loads(meta.read_text())
+    content["model"]["impl"] = {"linear_scan": "triton"}
+    meta.write_text(json.dumps(content))
+    manifest = meta.with_name("manifest.json")
+    files = json.loads(manifest.read_text())
+    del files["files"]["meta.json"]
+    manifest.write_text(json.dumps(files))
+    assert load(run)[0].config.impl is None
+
+
+def test_a_checkpoint_that_does_not_name_its_model(run: Path) -> None:
+    meta = run / "checkpoints" / "step_00000010" / "meta.json"
+    content = json.loads(meta.read_text())
+    del content["model"]
+    meta.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="has no model entry"):
+        load(meta.parent)
+
+
+def test_other_paths_are_named_for_what_they_are(tmp_path: Path, model: LM) -> None:
+    with pytest.raises(ValueError, match="neither a run directory nor a checkpoint"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="Hugging Face directory"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match=r"has no tokenizer\.model"):
+        load(write_run(tmp_path / "run", model, None))
