@@ -1,0 +1,235 @@
+"""The training script as a user runs it: golden losses, resumption, killed ranks, signals, bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+import data.prepare
+from models.checkpoint import list_checkpoints, read_meta, read_weights
+
+ROOT = Path(__file__).resolve().parent.parent
+ASSETS = ROOT / "tests" / "assets"
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The paragraphs of LICENSE as documents, under the committed tokenizer."""
+    directory = tmp_path_factory.mktemp("corpus")
+    paragraphs = [
+        " ".join(p.split()) for p in (ROOT / "LICENSE").read_text(encoding="utf-8").split("\n\n") if p.strip()
+    ]
+    source = directory / "license.jsonl"
+    source.write_text("".join(json.dumps({"text": p}) + "\n" for p in paragraphs), encoding="utf-8")
+    arguments = ["--input", str(source), "--tokenizer", str(ASSETS / "tokenizer.model"), "--valid-fraction", "0.1"]
+    assert data.prepare.main([*arguments, "--output", str(directory / "corpus")]) == 0
+    return directory / "corpus"
+
+
+def command(corpus: Path, runs: Path, *overrides: str, ranks: int | None = None) -> list[str]:
+    launcher = [sys.executable]
+    if ranks is not None:
+        launcher += [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(ranks),
+            "--max-restarts",
+            "1",
+        ]
+    paths = [f"log.directory={runs}", f"data.corpora=[{{path: {corpus}}}]"]
+    return [*launcher, "train.py", str(ASSETS / "tiny.yaml"), *paths, *overrides]
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
+
+
+def metrics(directory: Path) -> list[dict[str, Any]]:
+    path = directory / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def curve(directory: Path) -> dict[int, tuple[float, float]]:
+    """step -> (loss, gradient norm), the last line of a step counting."""
+    return {row["step"]: (row["loss"], row["grad_norm"]) for row in metrics(directory) if "loss" in row}
+
+
+def events(directory: Path) -> list[tuple[str, int]]:
+    return [(row["event"], row["step"]) for row in metrics(directory) if "event" in row]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"ended early with {process.returncode}"
+        assert time.monotonic() < deadline, "took too long"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of one whole uninterrupted run in one process."""
+    runs = tmp_path_factory.mktemp("runs")
+    done = run(command(corpus, runs))
+    assert done.returncode == 0, done.stderr
+    return runs / "tiny"
+
+
+def test_golden_losses(finished: Path) -> None:
+    """Ten steps on a committed text. A change of the mathematics regenerates the file in the same commit."""
+    golden = json.loads((ASSETS / "golden.json").read_text(encoding="utf-8"))
+    found = curve(finished)
+    assert sorted(found) == list(range(1, 11))
+    for step, (loss, grad_norm) in found.items():
+        assert loss == pytest.approx(golden["loss"][step - 1], rel=1e-4), f"loss of step {step}"
+        assert grad_norm == pytest.approx(golden["grad_norm"][step - 1], rel=1e-4), f"gradient norm of step {step}"
+
+
+def test_the_run_directory_explains_itself(finished: Path) -> None:
+    assert {"config.yaml", "environment.json", "layers.json", "log.txt", "tokenizer.model"} <= set(os.listdir(finished))
+    environment = json.loads((finished / "environment.json").read_text(encoding="utf-8"))
+    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["topology"]["world_size"] == 1
+    rows = metrics(finished)
+    validations = {row["step"]: row for row in rows if "val_loss" in row}
+    assert set(validations) == {5, 10}
+    assert validations[10]["val_tokens"] > validations[5]["val_tokens"], "the last validation reads every held-out row"
+    assert 0 < validations[10]["val_bits_per_byte"] < 8
+    assert [path.name for path in list_checkpoints(finished / "checkpoints")] == ["step_00000005", "step_00000010"]
+    assert (finished / "checkpoints" / "latest").resolve().name == "step_00000010"
+    assert read_meta(finished / "checkpoints" / "latest")["progress"]["consumed_samples"] == 80
+    assert (finished / "samples" / "step_00000010.txt").read_text(encoding="utf-8").startswith("The ")
+    assert events(finished)[0] == ("started", 0)
+    assert events(finished)[-1] == ("finished", 10)
+    log = (finished / "log.txt").read_text(encoding="utf-8")
+    assert "local_attention" in log
+    assert "flops_per_token" in log
+
+
+def test_resuming_equals_not_stopping_to_the_bit(finished: Path, corpus: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "tiny"
+    shutil.copytree(finished, copy, symlinks=True)
+    shutil.rmtree(copy / "checkpoints" / "step_00000010")
+    done = run(command(corpus, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert ("resumed", 5) in events(copy)
+    assert curve(copy) == curve(finished)
+    resumed, uninterrupted = (read_weights(path / "checkpoints" / "step_00000010") for path in (copy, finished))
+    assert resumed.keys() == uninterrupted.keys()
+    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
+    again = run(command(corpus, tmp_path))
+    assert again.returncode == 0, again.stderr
+    assert len(curve(copy)) == 10
+
+
+def test_the_finished_run_generates_and_exports(finished: Path, tmp_path: Path) -> None:
+    """What train.py saved is what the other commands read."""
+    arguments = ["-m", "eval.generate", str(finished), "--prompt", "The License", "--max-tokens", "4", "--greedy"]
+    generated = run([sys.executable, *arguments])
+    assert generated.returncode == 0, generated.stderr
+    assert generated.stdout.startswith("The License")
+    exported = run([sys.executable, "-m", "models.hf", "export", str(finished), str(tmp_path / "hf")])
+    assert exported.returncode == 0, exported.stderr
+    assert json.loads((tmp_path / "hf" / "config.json").read_text(encoding="utf-8"))["model_type"] == "recurrent_gemma"
+
+
+def test_a_killed_rank_is_survived(finished: Path, corpus: Path, tmp_path: Path) -> None:
+    """Two ranks, one killed: torchrun restarts them, and the curve is the one of a single undisturbed process."""
+    length = ("train.steps=60", "train.micro_batch_size=4", "checkpoint.every=15", "eval.every=null", "eval.prompts=[]")
+    process = subprocess.Popen(
+        command(corpus, tmp_path / "killed", *length, ranks=2), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL
+    )
+    directory = tmp_path / "killed" / "tiny"
+    wait_for(lambda: ("saved", 15) in events(directory), process)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    next(p for p in ranks if "train.py" in p.cmdline() and p.environ().get("RANK") == "1").send_signal(signal.SIGKILL)
+    assert process.wait(timeout=180) == 0
+    names = [name for name, _ in events(directory)]
+    assert names.count("started") == names.count("resumed") == 1
+    assert names[-1] == "finished"
+    whole = run(command(corpus, tmp_path / "whole", *length))
+    assert whole.returncode == 0, whole.stderr
+    found, expected = curve(directory), curve(tmp_path / "whole" / "tiny")
+    assert found.keys() == expected.keys()
+    # fp32 sums in another order, over 60 steps of a high learning rate
+    assert all(found[step] == pytest.approx(expected[step], rel=1e-5) for step in range(1, 11))
+    assert all(found[step][0] == pytest.approx(expected[step][0], rel=1e-2) for step in expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(corpus: Path, tmp_path: Path, number: signal.Signals) -> None:
+    arguments = command(corpus, tmp_path, "train.steps=100000", "checkpoint.every=100000", "eval.sequences=1")
+    directory = tmp_path / "tiny"
+    process = subprocess.Popen(arguments, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(curve(directory)) >= 3, process)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 0
+    name, step = events(directory)[-1]
+    assert name == "interrupted"
+    assert [read_meta(path)["step"] for path in list_checkpoints(directory / "checkpoints")] == [step]
+    if number == signal.SIGTERM:
+        resumed = run([*arguments, f"train.steps={step + 2}"])
+        assert resumed.returncode == 0, resumed.stderr
+        assert events(directory)[-1] == ("finished", step + 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.stepz=3"], "train.stepz: 3; there is no such key; did you mean steps?"),
+        (["model.vocab_size=401"], "vocab"),
+        (["data.sequence_length=1000000"], "sequence_length"),
+        (["data.corpora=[{path: nowhere}]"], "nowhere"),
+        (["train.batch_size=7"], "train.batch_size: 7; must be a multiple"),
+        (["train.precision=fp16"], "train.precision"),
+    ],
+)
+def test_bad_input_is_one_line_and_builds_nothing(
+    corpus: Path, tmp_path: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    import train
+
+    assert train.main(command(corpus, tmp_path / "runs", *overrides)[2:]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_checkpoints_of_another_model_and_broken_ones_are_refused(finished: Path, corpus: Path, tmp_path: Path) -> None:
+    other = run(
+        command(corpus, tmp_path / "a", "model.mlp.width=32", f"checkpoint.resume={finished}/checkpoints/latest")
+    )
+    assert other.returncode == 1
+    assert "blocks.0.mlp.up.weight [64, 32] instead of [32, 32]" in other.stderr
+    assert "Traceback" not in other.stderr
+    assert not (tmp_path / "a").exists()
+
+    copy = tmp_path / "tiny"
+    shutil.copytree(finished, copy, symlinks=True)
+    for path in list_checkpoints(copy / "checkpoints"):
+        (path / "meta.json").write_text("{}", encoding="utf-8")
+    before = (copy / "metrics.jsonl").read_bytes()
+    broken = run(command(corpus, tmp_path))
+    assert broken.returncode == 1
+    assert broken.stderr.count("skipped") == 2
+    assert "no checkpoint is whole; restore one, or remove the directory" in broken.stderr
+    assert (copy / "metrics.jsonl").read_bytes() == before
+
+    refused = run(command(corpus, finished.parent, "checkpoint.resume=none"))
+    assert refused.returncode == 1
+    assert "choose another name, remove the directory, or continue with checkpoint.resume=auto" in refused.stderr

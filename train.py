@@ -1,0 +1,294 @@
+"""Trains a language model as one YAML describes it.
+
+torchrun --nproc-per-node 2 train.py configs/demo.yaml train.steps=100
+python train.py configs/demo.yaml                    one process
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from configs.schema import ConfigError, RunConfig, config_as_dict, dump_config, load_config, refuse_other_run
+from data.corpus import check_data
+from data.loader import Loader, validation_batches
+from data.tokenizer import Tokenizer
+from eval.generate import sample_text
+from eval.validate import validate
+from models.checkpoint import CheckpointError, list_checkpoints
+from models.lm import LM
+from parallel.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from parallel.engine import Engine, StepResult
+from parallel.grid import Grid, init_distributed
+from training.environment import describe_environment, peak_flops
+from training.log import RunLog, format_table
+from training.schedule import learning_rate
+
+
+class StopSignal:
+    """Notes SIGINT and SIGTERM, so that the loop can finish its step, save and leave."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a run's YAML")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces one value of the YAML")
+    args = parser.parse_args(argv)
+    try:
+        run = load_config(args.config, args.overrides)
+        tokenizer_path = check_data(run.data, run.model.vocab_size, validation=run.eval.every is not None)
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":  # every rank reads the same and fails alike
+            print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    try:
+        train(run, tokenizer_path)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"train.py: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train(run: RunConfig, tokenizer_path: Path | None) -> None:
+    stop_signal = StopSignal()
+    grid = init_distributed(run.parallel.timeout_minutes)
+    checkpoint = choose_start(run, grid)
+    loader = Loader(
+        run.data,
+        split="train",
+        batch_size=run.train.batch_size,
+        micro_batch_size=run.train.micro_batch_size,
+        dp_rank=grid.dp_rank,
+        dp_size=grid.dp_size,
+        vocab_size=run.model.vocab_size,
+    )
+    model = LM(run.model, seed=run.train.seed, device_type=grid.device.type).to(grid.device)
+    engine = Engine(
+        model,
+        grid=grid,
+        parallel=run.parallel,
+        optimizer=run.optimizer,
+        precision=run.train.precision,
+        z_loss=run.train.z_loss,
+        micro_batch_size=run.train.micro_batch_size,
+        num_microbatches=run.train.batch_size // (run.train.micro_batch_size * grid.dp_size),
+    )
+    progress = {"step": 0, "consumed_samples": 0}
+    if checkpoint is not None:
+        progress = load_checkpoint(engine, checkpoint)
+    first_step = progress["step"]
+
+    environment = describe_environment({"world_size": grid.world_size, "data_parallel": grid.dp_size})
+    log = open_run(run, grid, model, first_step, environment, tokenizer_path)
+    log.event(first_step, "resumed" if checkpoint else "started", f"from {checkpoint}" if checkpoint else "")
+    tokenizer = Tokenizer(tokenizer_path) if tokenizer_path is not None else None
+
+    def save(step: int) -> None:
+        start = time.perf_counter()
+        path = save_checkpoint(
+            engine,
+            run.directory / "checkpoints",
+            step=step,
+            progress=progress,
+            config_yaml=dump_config(run),
+            environment=environment,
+            tokenizer_path=tokenizer_path,
+            keep_last=run.checkpoint.keep_last,
+            keep_every=run.checkpoint.keep_every,
+        )
+        log.event(step, "saved", f"{path} in {time.perf_counter() - start:.1f} s")
+
+    peak = peak_flops(grid.device)
+    tokens_per_step = run.train.batch_size * run.data.sequence_length
+    flops_per_step = 3 * model.flops_per_token(run.data.sequence_length) * tokens_per_step
+    batches = loader.batches(progress["consumed_samples"])
+    for step in range(first_step + 1, run.train.steps + 1):  # the step that this iteration completes
+        start = time.perf_counter()
+        lr = learning_rate(
+            step - 1, peak=run.optimizer.lr, total_steps=run.train.steps, schedule=run.optimizer.schedule
+        )
+        result = engine.step(next(batches), lr)
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            raise FloatingPointError(
+                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; nothing was saved after the last "
+                "checkpoint; start again with a lower optimizer.lr or a longer warm-up to continue from it"
+            )
+        progress = {"step": step, "consumed_samples": progress["consumed_samples"] + run.train.batch_size}
+        seconds = time.perf_counter() - start
+        last = step == run.train.steps
+        log.progress(result.loss, tokens_per_step / seconds)
+        if step % run.log.every == 0 or last:
+            utilisation = flops_per_step / seconds / (peak * grid.world_size) if peak else None
+            log.metrics(step_metrics(progress, result, lr, tokens_per_step, seconds, utilisation, grid))
+        if run.eval.every is not None and (step % run.eval.every == 0 or last):
+            look(run, grid, engine, model, tokenizer, log, step, whole=last)
+        stopping = grid.any(stop_signal.name is not None)
+        if stopping or last or step % run.checkpoint.every == 0:
+            save(step)
+        if stopping and not last:
+            log.event(
+                step, "interrupted", f"by {stop_signal.name or 'another rank'}; the same command continues from here"
+            )
+            break
+    else:
+        log.event(run.train.steps, "finished", f"python -m eval.report {run.directory} shows the run")
+    batches.close()
+    log.close()
+    grid.close()
+
+
+def choose_start(run: RunConfig, grid: Grid) -> Path | None:
+    """The checkpoint that the run continues from, None for a fresh start. Collective.
+
+    Raises:
+        ValueError: the directory holds another run, or a run that must not be continued, or only broken checkpoints.
+    """
+    if run.checkpoint.resume not in ("auto", "none"):
+        return Path(run.checkpoint.resume)
+    refuse_other_run(run)
+    checkpoints = run.directory / "checkpoints"
+    if run.checkpoint.resume == "none" and list_checkpoints(checkpoints):
+        raise ConfigError(
+            f"checkpoint.resume: none, but {run.directory} holds checkpoints; choose another name, remove the "
+            "directory, or continue with checkpoint.resume=auto"
+        )
+    path, skipped = find_checkpoint(grid, checkpoints)
+    if grid.is_lead:
+        for reason in skipped:
+            print(f"train.py: skipped {reason}", file=sys.stderr)
+    if path is None and skipped:
+        raise CheckpointError(
+            f"{checkpoints}: no checkpoint is whole; restore one, or remove the directory to start from step 0"
+        )
+    return path
+
+
+def open_run(
+    run: RunConfig,
+    grid: Grid,
+    model: LM,
+    first_step: int,
+    environment: dict,
+    tokenizer_path: Path | None,
+) -> RunLog:
+    """Writes what explains the run into its directory, shows the layer table, and opens the log."""
+    log = RunLog(
+        run.directory,
+        active=grid.is_lead,
+        total_steps=run.train.steps,
+        first_step=first_step,
+        wandb=run.log.wandb,
+        config=config_as_dict(run),
+    )
+    if not grid.is_lead:
+        return log
+    (run.directory / "config.yaml").write_text(dump_config(run), encoding="utf-8")
+    (run.directory / "environment.json").write_text(json.dumps(environment, indent=2), encoding="utf-8")
+    if tokenizer_path is not None:
+        shutil.copyfile(tokenizer_path, run.directory / "tokenizer.model")
+    table = model.layer_table(run.data.sequence_length)
+    (run.directory / "layers.json").write_text(json.dumps(table, indent=2), encoding="utf-8")
+    log.say(format_table(table))
+    log.say(
+        f"{model.num_params():,} parameters, {model.flops_per_token(run.data.sequence_length):,} forward FLOPs "
+        f"a token, {grid.world_size} ranks on {environment['device']}, {run.train.precision}, "
+        f"ZeRO {run.parallel.zero_stage}"
+    )
+    return log
+
+
+def look(
+    run: RunConfig,
+    grid: Grid,
+    engine: Engine,
+    model: LM,
+    tokenizer: Tokenizer | None,
+    log: RunLog,
+    step: int,
+    *,
+    whole: bool,
+) -> None:
+    """Validates, on all held-out rows where `whole`, and lets the lead continue the prompts."""
+    result = validate(
+        engine.evaluate,
+        validation_batches(
+            run.data,
+            micro_batch_size=run.train.micro_batch_size,
+            dp_rank=grid.dp_rank,
+            dp_size=grid.dp_size,
+            max_sequences=None if whole else run.eval.sequences,
+            vocab_size=run.model.vocab_size,
+        ),
+        sequence_length=run.data.sequence_length,
+        tokenizer=tokenizer,
+        all_reduce=grid.sum,
+    )
+    log.metrics({"step": step} | result.as_metrics())
+    bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
+    log.say(f"step {step}: validation loss {result.loss:.4f}{bits} over {result.tokens:,} tokens")
+    if grid.is_lead and run.eval.prompts and tokenizer is not None:
+        texts = sample_text(
+            model,
+            tokenizer,
+            run.eval.prompts,
+            max_tokens=run.eval.sample_tokens,
+            temperature=run.eval.temperature,
+            top_p=run.eval.top_p,
+            seed=step,
+        )
+        path = run.directory / "samples" / f"step_{step:08d}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+
+
+def step_metrics(
+    progress: dict[str, int],
+    result: StepResult,
+    lr: float,
+    tokens_per_step: int,
+    seconds: float,
+    utilisation: float | None,
+    grid: Grid,
+) -> dict:
+    """One training line of `metrics.jsonl`."""
+    return {
+        "step": progress["step"],
+        "consumed_samples": progress["consumed_samples"],
+        "tokens": progress["step"] * tokens_per_step,
+        "loss": result.loss,
+        "z_loss": result.z_loss,
+        "grad_norm": result.grad_norm,
+        "lr": lr,
+        "tokens_per_second": tokens_per_step / seconds,
+        "step_time": seconds,
+        "memory_gb": peak_memory_gb(grid.device),
+        "mfu": utilisation,
+    }
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory this process has held: of the GPU, or of the host where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
+
+
+if __name__ == "__main__":
+    sys.exit(main())
