@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from models.lm import LM
-from models.mixers.attention import AttentionCore
-from ops import Layout
+from models.mixers.placement import OpCore
+from ops import Layout, attention, local_attention
 
 
 class Forgetful(nn.Module):
@@ -19,8 +19,8 @@ class Forgetful(nn.Module):
         super().__init__()
         self.core = core
 
-    def forward(self, *args: Any) -> Any:
-        return self.core(*(Layout(torch.zeros_like(a.positions)) if isinstance(a, Layout) else a for a in args))
+    def forward(self, *tensors: Any, layout: Layout, **state: Any) -> Any:
+        return self.core(*tensors, layout=Layout(torch.zeros_like(layout.positions)), **state)
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def without_recurrent_state(model: LM) -> Iterator[None]:
 
     Attention, gates and scales are untouched, so what is lost is the state alone.
     """
-    holders = [m for m in model.modules() if hasattr(m, "core") and not isinstance(m.core, AttentionCore | Forgetful)]
+    holders = [m for m in model.modules() if isinstance(getattr(m, "core", None), OpCore) and not _attends(m.core)]
     for module in holders:
         module.core = Forgetful(module.core)  # type: ignore[arg-type]
     try:
@@ -37,3 +37,7 @@ def without_recurrent_state(model: LM) -> Iterator[None]:
     finally:
         for module in holders:
             module.core = module.core.core  # type: ignore[union-attr]
+
+
+def _attends(core: Any) -> bool:
+    return core.op in (attention, local_attention)

@@ -59,4 +59,9 @@ class ModelConfig:
         embeddings = self.vocab_size * self.width * (1 if self.tie_embeddings else 2)
         block = self.mlp.num_params(self.width) + 2 * self.width
         mixers = sum(self.mixer(kind).num_params(self.width) for kind in self.layers)
-        return embeddings + len(self.layers) * block + mixers + self.width
+        shared = sum(
+            self.mixer(kind).num_shared_params(self.width, self.layers.count(kind))
+            for kind in set(self.layers)
+            if hasattr(MIXERS[kind], "shared_module")
+        )
+        return embeddings + len(self.layers) * block + mixers + shared + self.width

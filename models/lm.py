@@ -1,5 +1,6 @@
 """The language model: embedding, a loop over blocks, and a head that owns the loss."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 from models.block import Block
 from models.config import ModelConfig
 from models.init import Initializer, initialize, normal
+from models.mixers import MIXERS
+from models.mixers.placement import Placement
 from models.norm import RMSNorm
 from ops import Layout, linear_cross_entropy, resolve_impl
 
@@ -51,22 +54,27 @@ class Head(nn.Module):
     def initializers(self) -> dict[str, Initializer]:
         return {} if self.tied else {"weight": normal(self.weight.shape[1] ** -0.5)}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits `[B, T, N]` in fp32, or wider where x is."""
-        logits = nn.functional.linear(self.norm(x), self.weight)
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        """Without labels the logits `[B, T, N]`, in fp32, or wider where x is. With labels the negative log likelihood
+        and the log normaliser of each, `[B, T]` fp32 both, 0 where the label is -100."""
+        x = self.norm(x)
+        if labels is not None:
+            return linear_cross_entropy(x, self.weight, labels, logit_soft_cap=self.logit_soft_cap, impl=self.impl)
+        logits = nn.functional.linear(x, self.weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.logit_soft_cap is None:
             return logits
         return self.logit_soft_cap * torch.tanh(logits / self.logit_soft_cap)
 
-    def loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Negative log likelihood and log normaliser of each label, `[B, T]` fp32, 0 where the label is -100."""
-        return linear_cross_entropy(
-            self.norm(x), self.weight, labels, logit_soft_cap=self.logit_soft_cap, impl=self.impl
-        )
-
     def flops_per_token(self) -> int:
         return 2 * self.weight.numel()
+
+
+def _shared_modules(config: ModelConfig) -> Iterator[tuple[str, nn.Module]]:
+    """What the mixers of a kind share over the depth, under the name of the kind."""
+    for kind in dict.fromkeys(config.layers):
+        if hasattr(MIXERS[kind], "shared_module"):
+            yield kind, MIXERS[kind].shared_module(config.mixer(kind), config.width, config.layers.count(kind))
 
 
 class LM(nn.Module):
@@ -84,9 +92,26 @@ class LM(nn.Module):
         super().__init__()
         self.config = config
         self.embed = Embedding(config)
-        self.blocks = nn.ModuleList(Block(config, kind, device_type=device_type) for kind in config.layers)
+        self.shared = nn.ModuleDict(dict(_shared_modules(config)))
+        self.blocks = nn.ModuleList(self._build_blocks(device_type))
         self.head = Head(config, self.embed if config.tie_embeddings else None, device_type=device_type)
         self.reset_parameters(seed)
+
+    def _build_blocks(self, device_type: str) -> Iterator[Block]:
+        """Each block; the two maps of it that write into the stream start with variance 2 / depth, so that the stream
+        grows by a constant from the first block to the last (De et al., 2024, section 3)."""
+        layers, shared = self.config.layers, dict(self.shared.items())
+        for i, kind in enumerate(layers):
+            placement = Placement(
+                width=self.config.width,
+                output_scale=2.0 / len(layers),
+                index=layers[:i].count(kind),
+                count=layers.count(kind),
+                shared=shared.get(kind),
+                impl=self.config.impl or {},
+                device_type=device_type,
+            )
+            yield Block(self.config, kind, placement)
 
     def reset_parameters(self, seed: int) -> None:
         if not self.embed.weight.is_meta:
@@ -102,7 +127,7 @@ class LM(nn.Module):
             state: of the tokens before these, from `init_state` or an earlier call.
 
         Returns:
-            With labels (nll, log_z), fp32 `[B, T]` each (`Head.loss`). Without, the logits `[B, T, N]` and the state
+            With labels (nll, log_z), fp32 `[B, T]` each (`Head`). Without, the logits `[B, T, N]` and the state
             after these tokens, None unless one was given.
         """
         layout = Layout(positions)
@@ -112,7 +137,7 @@ class LM(nn.Module):
             x, block_state = block(x, layout, block_state)
             new_state.append(block_state)
         if labels is not None:
-            return self.head.loss(x, labels)
+            return self.head(x, labels)
         return self.head(x), tuple(new_state) if state is not None else None
 
     def init_state(self, batch_size: int, device: torch.device | str = "cpu") -> State:

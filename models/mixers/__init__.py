@@ -2,15 +2,17 @@
 
 The contract every mixer keeps, attention included (`tests/models/test_mixers.py` holds all of them to it):
 
-    Mixer(config, width, *, output_scale, impl)    config: its own `config_class`; width: D of the model;
-                                                   impl: op name -> implementation, `auto` where absent
+    Mixer(config, placement)                       config: of its own `config_class`; placement: what it needs to
+                                                   know of the model (`models/mixers/placement.py`)
     forward(x [B, T, D], layout, state=None) -> (y [B, T, D], state)
     init_state(batch_size, device) -> state        passing a state asks for the next one; None returns None
     initializers() -> {parameter: rule}            for the parameters the module itself owns (`models/init.py`)
     flops_per_token(sequence_length) -> int        forward, two per multiply-add
     config.num_params(width) -> int
+    shared_module(config, width, count) -> Module  class method, only where the mixers of a kind share parameters;
+                                                   with config.num_shared_params(width, count)
 
-The op is called through the parameter-free submodule `core`, which `parallel/` may wrap from outside.
+The op is called through the parameter-free submodule `core` (`placement.core(op)`), which `parallel/` may wrap.
 """
 
 from dataclasses import field, make_dataclass

@@ -1,15 +1,14 @@
 """Softmax attention, over the whole document or a sliding window, with grouped keys and rotary angles."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from models.init import Linear
-from ops import Layout, attention, local_attention, resolve_impl, rotary
+from models.mixers.placement import OpCore, Placement
+from ops import Layout, attention, local_attention, rotary
 
 KVState = tuple[Tensor, Tensor]
 
@@ -65,44 +64,23 @@ class LocalAttentionConfig(AttentionConfig):
             raise ValueError(f"window: {self.window}; at least 1 token, the query itself, must be seen")
 
 
-class AttentionCore(nn.Module):
-    """The attention op alone, without parameters."""
-
-    def __init__(self, impl: str, window: int | None) -> None:
-        super().__init__()
-        self.impl = impl
-        self.window = window
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, state: KVState | None, output_final_state: bool
-    ) -> tuple[Tensor, KVState | None]:
-        op: Any = attention if self.window is None else partial(local_attention, window=self.window)
-        return op(q, k, v, layout=layout, initial_state=state, output_final_state=output_final_state, impl=self.impl)
-
-
 class Attention(nn.Module):
     """Causal attention inside each document; its state is the rotated keys and the values seen so far."""
 
     config_class: ClassVar[type] = AttentionConfig
-    op: ClassVar[str] = "attention"
 
-    def __init__(
-        self,
-        config: AttentionConfig,
-        width: int,
-        *,
-        output_scale: float = 1.0,
-        impl: Mapping[str, str] | None = None,
-        device_type: str = "cpu",
-    ) -> None:
+    def __init__(self, config: AttentionConfig, placement: Placement) -> None:
         super().__init__()
         self.config = config
         queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q_proj = Linear(width, queries, bias=config.qkv_bias)
-        self.k_proj = Linear(width, keys, bias=config.qkv_bias)
-        self.v_proj = Linear(width, keys, bias=config.qkv_bias)
-        self.core = AttentionCore(resolve_impl(self.op, (impl or {}).get(self.op, "auto"), device_type), self.window)
-        self.o_proj = Linear(queries, width, bias=config.output_bias, variance_scale=output_scale)
+        self.q_proj = Linear(placement.width, queries, bias=config.qkv_bias)
+        self.k_proj = Linear(placement.width, keys, bias=config.qkv_bias)
+        self.v_proj = Linear(placement.width, keys, bias=config.qkv_bias)
+        self.core = self._core(placement)
+        self.o_proj = Linear(queries, placement.width, bias=config.output_bias, variance_scale=placement.output_scale)
+
+    def _core(self, placement: Placement) -> OpCore:
+        return placement.core(attention)
 
     @property
     def window(self) -> int | None:
@@ -119,7 +97,7 @@ class Attention(nn.Module):
             )
         # [B, T, H, K], [B, T, G, K]
         known = state if state is not None and state[0].shape[1] else None
-        o, new_state = self.core(q, k, v, layout, known, state is not None)
+        o, new_state = self.core(q, k, v, layout=layout, initial_state=known, output_final_state=state is not None)
         return self.o_proj(o.flatten(-2)), new_state
 
     def _angles(self, x: Tensor, layout: Layout | None, state: KVState | None) -> Tensor:
@@ -146,8 +124,10 @@ class LocalAttention(Attention):
     """Attention over a sliding window (Beltagy et al., 2020): state and cost per token do not grow with the context."""
 
     config_class: ClassVar[type] = LocalAttentionConfig
-    op: ClassVar[str] = "local_attention"
     config: LocalAttentionConfig
+
+    def _core(self, placement: Placement) -> OpCore:
+        return placement.core(local_attention, window=self.config.window)
 
     @property
     def window(self) -> int | None:

@@ -1,40 +1,14 @@
 """The short causal convolution in front of a recurrence."""
 
 import math
-from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from models.init import Initializer, constant, normal
-from ops import Layout, causal_conv1d, resolve_impl
-
-
-class ConvCore(nn.Module):
-    """The convolution alone, without parameters."""
-
-    def __init__(self, impl: str) -> None:
-        super().__init__()
-        self.impl = impl
-
-    def forward(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        layout: Layout | None,
-        initial_state: Tensor | None,
-        output_final_state: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        return causal_conv1d(
-            x,
-            weight,
-            bias,
-            layout=layout,
-            initial_state=initial_state,
-            output_final_state=output_final_state,
-            impl=self.impl,
-        )
+from models.mixers.placement import Placement
+from ops import Layout, causal_conv1d
 
 
 class ShortConv(nn.Module):
@@ -44,12 +18,18 @@ class ShortConv(nn.Module):
     """
 
     def __init__(
-        self, channels: int, conv_width: int, *, bias: bool, impl: Mapping[str, str], device_type: str
+        self,
+        channels: int,
+        conv_width: int,
+        placement: Placement,
+        *,
+        bias: bool,
+        activation: Literal["silu"] | None = None,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, conv_width))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
-        self.core = ConvCore(resolve_impl("causal_conv1d", impl.get("causal_conv1d", "auto"), device_type))
+        self.core = placement.core(causal_conv1d, activation=activation)
 
     def initializers(self) -> dict[str, Initializer]:
         rules = {"weight": normal(math.sqrt(0.01 / self.weight.shape[1]))}
@@ -62,4 +42,6 @@ class ShortConv(nn.Module):
     def forward(
         self, x: Tensor, layout: Layout | None, state: Tensor | None, output_final_state: bool
     ) -> tuple[Tensor, Tensor | None]:
-        return self.core(x, self.weight, self.bias, layout, state, output_final_state)
+        return self.core(
+            x, self.weight, self.bias, layout=layout, initial_state=state, output_final_state=output_final_state
+        )

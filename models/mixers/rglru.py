@@ -4,7 +4,6 @@ De et al., 2024, "Griffin: Mixing Gated Linear Recurrences with Local Attention 
 (arXiv 2402.19427), section 2.3 and equations 1 to 4.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 
 from models.init import Initializer, Linear, constant, normal
 from models.mixers.conv import ShortConv
-from ops import Layout, linear_scan, resolve_impl
+from models.mixers.placement import Placement
+from ops import Layout, linear_scan
 
 DECAY_SHARPNESS = 8.0
 """The constant c of equation 3: a_t = a^(c r_t)."""
@@ -86,56 +86,22 @@ class BlockDiagonalLinear(nn.Module):
         return (torch.einsum("bthi,hio->btho", blocks, self.weight) + self.bias).flatten(-2)
 
 
-class ScanCore(nn.Module):
-    """The linear recurrence alone, without parameters."""
-
-    def __init__(self, impl: str) -> None:
-        super().__init__()
-        self.impl = impl
-
-    def forward(
-        self,
-        x: Tensor,
-        log_decay: Tensor,
-        layout: Layout | None,
-        initial_state: Tensor | None,
-        output_final_state: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        return linear_scan(
-            x,
-            log_decay,
-            layout=layout,
-            initial_state=initial_state,
-            output_final_state=output_final_state,
-            impl=self.impl,
-        )
-
-
 class RGLRU(nn.Module):
     """out_proj(gelu(gate_proj(x)) * RG-LRU(conv(x_proj(x))))."""
 
     config_class: ClassVar[type] = RGLRUConfig
 
-    def __init__(
-        self,
-        config: RGLRUConfig,
-        width: int,
-        *,
-        output_scale: float = 1.0,
-        impl: Mapping[str, str] | None = None,
-        device_type: str = "cpu",
-    ) -> None:
+    def __init__(self, config: RGLRUConfig, placement: Placement) -> None:
         super().__init__()
         self.config = config
-        impl = impl or {}
-        self.x_proj = Linear(width, config.width, bias=True)
-        self.gate_proj = Linear(width, config.width, bias=True)
-        self.conv = ShortConv(config.width, config.conv_width, bias=True, impl=impl, device_type=device_type)
+        self.x_proj = Linear(placement.width, config.width, bias=True)
+        self.gate_proj = Linear(placement.width, config.width, bias=True)
+        self.conv = ShortConv(config.width, config.conv_width, placement, bias=True)
         self.input_gate = BlockDiagonalLinear(config.width, config.gate_blocks)
         self.recurrence_gate = BlockDiagonalLinear(config.width, config.gate_blocks)
         self.decay_param = nn.Parameter(torch.empty(config.width))
-        self.core = ScanCore(resolve_impl("linear_scan", impl.get("linear_scan", "auto"), device_type))
-        self.out_proj = Linear(config.width, width, bias=True, variance_scale=output_scale)
+        self.core = placement.core(linear_scan)
+        self.out_proj = Linear(config.width, placement.width, bias=True, variance_scale=placement.output_scale)
 
     def initializers(self) -> dict[str, Initializer]:
         return {"decay_param": self._init_decay}
@@ -153,7 +119,9 @@ class RGLRU(nn.Module):
         gate = F.gelu(self.gate_proj(x), approximate="tanh")
         h, conv_state = self.conv(self.x_proj(x), layout, conv_state, state is not None)
         inputs, log_decay = self.gated(h, layout)
-        h, scan_state = self.core(inputs, log_decay, layout, scan_state, state is not None)
+        h, scan_state = self.core(
+            inputs, log_decay, layout=layout, initial_state=scan_state, output_final_state=state is not None
+        )
         y = self.out_proj(gate * h.to(gate.dtype))
         return y, None if state is None else (conv_state, scan_state)
 

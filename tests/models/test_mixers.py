@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.init import initialize
 from models.mixers import MIXERS
 from models.mixers.attention import AttentionConfig, LocalAttentionConfig
+from models.mixers.placement import Placement
 from models.mixers.rglru import RGLRUConfig
 from ops import Layout
 
@@ -24,7 +25,7 @@ DOCUMENTS = [(1, 7, 12, 1, 16), (20, 1, 16), (37,)]  # lengths a row; one token,
 
 
 def build(kind: str, dtype: torch.dtype = torch.float64) -> Any:
-    mixer = MIXERS[kind](EXAMPLES[kind], WIDTH)
+    mixer = MIXERS[kind](EXAMPLES[kind], Placement(width=WIDTH))
     initialize(mixer, seed=3)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # every bias and conv tap must matter
@@ -149,7 +150,7 @@ def test_parameters_and_flops_follow_their_formulas(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", MIXERS)
 def test_initial_weights_depend_on_seed_and_name_alone(kind: str) -> None:
-    first, again, other = (MIXERS[kind](EXAMPLES[kind], WIDTH) for _ in range(3))
+    first, again, other = (MIXERS[kind](EXAMPLES[kind], Placement(width=WIDTH)) for _ in range(3))
     torch.manual_seed(5)
     initialize(first, seed=1)
     torch.manual_seed(6)

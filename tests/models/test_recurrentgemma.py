@@ -98,7 +98,7 @@ def test_rg_lru_with_restarting_positions(pair: tuple[LM, nn.Module], lengths: t
 
     def ours(h: Tensor) -> Tensor:
         layout = Layout(positions)
-        return mixer.core(*mixer.gated(h, layout), layout, None, False)[0]
+        return mixer.core(*mixer.gated(h, layout), layout=layout, initial_state=None, output_final_state=False)[0]
 
     def theirs(h: Tensor) -> Tensor:
         lru.recurrent_states = None

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models.init import initialize
+from models.mixers.placement import Placement
 from models.mixers.rglru import MAX_SQRT_SLOPE, RGLRU, BoundedSqrt, RGLRUConfig
 from ops import Layout
 
@@ -13,7 +14,7 @@ from ops import Layout
 @pytest.mark.parametrize(("rule", "low", "high"), [("recurrentgemma", 0.9**8, 0.999**8), ("paper", 0.9, 0.999)])
 def test_initial_decay_at_an_open_gate(rule: str, low: float, high: float) -> None:
     """exp(-8 softplus(p)) fills the interval the source names."""
-    mixer = RGLRU(RGLRUConfig(width=4096, gate_blocks=4, decay_init=rule), width=4)
+    mixer = RGLRU(RGLRUConfig(width=4096, gate_blocks=4, decay_init=rule), Placement(width=4))
     initialize(mixer, seed=0)
     decay = torch.exp(-8.0 * torch.nn.functional.softplus(mixer.decay_param.double()))
     assert low - 1e-6 <= decay.min() < low + 0.02 * (high - low)
@@ -30,7 +31,7 @@ def test_square_root_slope_is_bounded_and_exact_elsewhere() -> None:
 
 
 def test_first_token_of_a_document_enters_unscaled() -> None:
-    mixer = RGLRU(RGLRUConfig(width=8, gate_blocks=2), width=8)
+    mixer = RGLRU(RGLRUConfig(width=8, gate_blocks=2), Placement(width=8))
     initialize(mixer, seed=0)
     h = torch.randn(1, 4, 8)
     inputs, log_decay = mixer.gated(h, Layout(torch.tensor([[0, 1, 0, 1]])))
