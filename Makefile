@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check --quiet $(PIP_ARGS)
 TORCH := $(shell grep '^torch==' constraints.txt)
 # A CPU build of torch brings no Triton, a CUDA build exactly its own.
-CONSTRAINTS = -c $(shell $(PY) -c 'import torch; print("constraints.txt" if torch.version.cuda else "constraints-cpu.txt")')
+CONSTRAINTS = -c $$($(PY) -c 'import torch; print("constraints.txt" if torch.version.cuda else "constraints-cpu.txt")')
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help setup demo test test-all check format clean
