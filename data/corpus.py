@@ -10,6 +10,7 @@ import numpy as np
 from data.config import DataConfig
 from data.indexed import IndexedDataset
 from data.plan import read_meta
+from data.synthetic import find_task
 from data.tokenizer import Tokenizer
 
 Split = Literal["train", "valid"]
@@ -64,9 +65,12 @@ def open_valid(config: DataConfig) -> list[Corpus]:
 def check_data(config: DataConfig, vocab_size: int, *, validation: bool = True) -> Path | None:
     """Checks all corpora against each other, the tokenizer and the model's vocabulary, before anything is built.
 
-    Sweeps over every index. Returns the tokenizer's path; None if all corpora are foreign and data.tokenizer is
-    not set. `validation=False` for a run that never validates. Raises ValueError.
+    Sweeps over every index. Returns the tokenizer's path; None if the data are generated, or if all corpora are foreign
+    and data.tokenizer is not set. `validation=False` for a run that never validates. Raises ValueError.
     """
+    if config.source is not None:
+        find_task(config.source, config.options).check(config.sequence_length, vocab_size)
+        return None
     corpora = open_train(config) + (open_valid(config) if validation else [])
     for corpus in corpora:
         corpus.dataset.verify()

@@ -21,8 +21,7 @@ from data.corpus import Corpus, check_ids, open_train, open_valid
 from data.indexed import IndexedDataset
 from data.order import Blend, Permutation
 from data.prefetch import prefetch
-
-NO_TARGET = -100
+from data.synthetic import NO_TARGET, SyntheticRows
 
 
 class Batch(NamedTuple):
@@ -65,6 +64,21 @@ class Rows:
         return result
 
 
+def open_rows(
+    config: DataConfig, split: Literal["train", "valid"], vocab_size: int | None
+) -> list[Rows] | list[SyntheticRows]:
+    """The rows of each corpus, or of the generated task."""
+    if config.source is None:
+        corpora = open_train(config) if split == "train" else open_valid(config)
+        return [Rows(corpus, config.sequence_length, vocab_size) for corpus in corpora]
+    assert vocab_size is not None, "a generated task fills the model's vocabulary"
+    length, seed = config.sequence_length, config.seed
+    task = SyntheticRows(
+        config.source, config.options, split=split, seed=seed, sequence_length=length, vocab_size=vocab_size
+    )
+    return [task]
+
+
 class Loader:
     """One rank's share of a stage's samples.
 
@@ -89,10 +103,9 @@ class Loader:
     ) -> None:
         assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
         check_batch(batch_size, micro_batch_size, dp_size)
-        corpora = open_train(config) if split == "train" else open_valid(config)
-        self._rows = [Rows(corpus, config.sequence_length, vocab_size) for corpus in corpora]
-        weighted = split == "train" or config.validation is None
-        self._blend = Blend([corpus.weight for corpus in config.corpora] if weighted else [1.0] * len(corpora))
+        self._rows = open_rows(config, split, vocab_size)
+        weighted = config.source is None and (split == "train" or config.validation is None)
+        self._blend = Blend([corpus.weight for corpus in config.corpora] if weighted else [1.0] * len(self._rows))
         self._key = (config.seed, stage)
         self._prefetch = config.prefetch
         self._batch_size, self._micro_batch_size = batch_size, micro_batch_size
@@ -151,7 +164,7 @@ def validation_batches(
     """
     if max_sequences is not None and max_sequences < 1:
         raise ValueError(f"max_sequences: value {max_sequences}; must be at least 1; leave it out to read all")
-    sources = [Rows(corpus, config.sequence_length, vocab_size) for corpus in open_valid(config)]
+    sources = open_rows(config, "valid", vocab_size)
     ends = list(itertools.accumulate(len(source) for source in sources))
     count = min(ends[-1], max_sequences or ends[-1])
 
