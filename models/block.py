@@ -1,4 +1,4 @@
-"""One block: x += mixer(norm(x)); x += mlp(norm(x))."""
+"""One block: x += mixer(norm(x)); x += mlp(norm(x)). With post_norm: x += norm(mixer(x)); x += norm(mlp(x))."""
 
 from typing import Any
 
@@ -21,12 +21,17 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, kind: str, placement: Placement) -> None:
         super().__init__()
         self.kind = kind
+        self.post_norm = kind in config.post_norm
         self.mixer_norm = RMSNorm(config.width, eps=config.norm_eps, one_plus_weight=config.norm_one_plus_weight)
         self.mixer = MIXERS[kind](config.mixer(kind), placement)
         self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps, one_plus_weight=config.norm_one_plus_weight)
         self.mlp = MLP(config.mlp, config.width, output_scale=placement.output_scale)
 
     def forward(self, x: Tensor, layout: Layout | None, state: Any = None) -> tuple[Tensor, Any]:
+        if self.post_norm:
+            y, state = self.mixer(x, layout, state)
+            x = x + self.mixer_norm(y)
+            return x + self.mlp_norm(self.mlp(x)), state
         y, state = self.mixer(self.mixer_norm(x), layout, state)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), state

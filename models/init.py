@@ -35,7 +35,7 @@ def constant(value: float) -> Initializer:
 def parameter_generator(seed: int, name: str) -> torch.Generator:
     """The random stream that belongs to the parameter called `name` under `seed`."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def initialize(model: nn.Module, seed: int) -> None:
                 f"{type(module).__name__} {module_name!r} has no initial value for {own.keys() - rules.keys()}"
             )
         for name, rule in rules.items():
-            values = torch.empty(own[name].shape, dtype=torch.float32)
+            values = torch.empty(own[name].shape, dtype=torch.float32, device="cpu")
             rule(values, parameter_generator(seed, f"{module_name}.{name}"))
             own[name].copy_(values)
             done.add(id(own[name]))

@@ -74,7 +74,9 @@ def _shared_modules(config: ModelConfig) -> Iterator[tuple[str, nn.Module]]:
     """What the mixers of a kind share over the depth, under the name of the kind."""
     for kind in dict.fromkeys(config.layers):
         if hasattr(MIXERS[kind], "shared_module"):
-            yield kind, MIXERS[kind].shared_module(config.mixer(kind), config.width, config.layers.count(kind))
+            module = MIXERS[kind].shared_module(config.mixer(kind), config.width, config.layers.count(kind))
+            if module is not None:
+                yield kind, module
 
 
 class LM(nn.Module):
@@ -153,11 +155,17 @@ class LM(nn.Module):
         return blocks + self.head.flops_per_token()
 
     def layer_table(self, sequence_length: int) -> list[dict[str, Any]]:
-        """One row a layer: layer, mixer, impl, parameters, forward FLOPs per token."""
+        """One row a layer, and one for what the layers of a kind share: layer, mixer, impl, parameters, forward FLOPs
+        per token."""
         embedding = self.embed.weight.numel()
         rows: list[dict[str, Any]] = [
             {"layer": "embed", "mixer": "", "impl": "", "parameters": embedding, "flops_per_token": 0}
         ]
+        for kind, module in self.shared.items():
+            parameters = sum(p.numel() for p in module.parameters())
+            rows.append(
+                {"layer": f"shared.{kind}", "mixer": "", "impl": "", "parameters": parameters, "flops_per_token": 0}
+            )
         for i, block in enumerate(self.blocks):
             rows.append(
                 {

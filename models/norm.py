@@ -8,7 +8,8 @@ from ops import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """y = x / rms(x) * (1 + weight), or * weight; statistics in fp32 (Zhang and Sennrich, 2019, equation 4).
+    """y = x / rms(x) * (1 + weight), or * weight; statistics in fp32 (Zhang and Sennrich, 2019, equation 4). With a
+    gate of x's shape, y * silu(gate).
 
     Args:
         width: D of the input `[..., D]`.
@@ -24,5 +25,5 @@ class RMSNorm(nn.Module):
     def initializers(self) -> dict[str, Initializer]:
         return {"weight": constant(0.0 if self.one_plus_weight else 1.0)}
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, eps=self.eps, one_plus_weight=self.one_plus_weight)
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return rms_norm(x, self.weight, eps=self.eps, one_plus_weight=self.one_plus_weight, gate=gate)

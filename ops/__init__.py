@@ -16,6 +16,9 @@ one every row is an unbroken sequence that continues from `initial_state`.
 
 from ops.attention import attention
 from ops.causal_conv1d import causal_conv1d
+from ops.diagonal_lstm import diagonal_lstm
+from ops.gated_delta_rule import gated_delta_rule
+from ops.gated_linear_attention import gated_linear_attention
 from ops.impl import resolve_impl
 from ops.layout import Layout
 from ops.linear_cross_entropy import linear_cross_entropy
@@ -28,6 +31,9 @@ __all__ = [
     "Layout",
     "attention",
     "causal_conv1d",
+    "diagonal_lstm",
+    "gated_delta_rule",
+    "gated_linear_attention",
     "linear_cross_entropy",
     "linear_scan",
     "local_attention",

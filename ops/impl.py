@@ -4,6 +4,9 @@
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "attention": ("chunked", "reference"),
     "causal_conv1d": ("chunked", "reference"),
+    "diagonal_lstm": ("chunked", "reference"),
+    "gated_delta_rule": ("chunked", "reference"),
+    "gated_linear_attention": ("chunked", "reference"),
     "linear_cross_entropy": ("chunked", "reference"),
     "linear_scan": ("chunked", "reference"),
     "local_attention": ("chunked", "reference"),

@@ -1,5 +1,7 @@
 """The precision in which ops accumulate and keep their states."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -18,3 +20,9 @@ def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return dtype
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Inside it matrix products on x's device keep their operands' dtype; the meta device knows no autocast."""
+    device_type = x.device.type
+    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()

@@ -54,6 +54,6 @@ class RMSNorm(torch.autograd.Function):
         dnormed = dy * factor
         product = dnormed * normed
         mean = product.mean(-1, keepdim=True)
-        dfactor = torch.mul(dy, normed, out=product).view(-1, x.shape[-1]).sum(0)
+        dfactor = torch.mul(dy, normed, out=product).reshape(-1, x.shape[-1]).sum(0)
         dx = dnormed.addcmul_(normed, mean, value=-1).mul_(scale)
         return dx.to(x.dtype), dfactor, None, None

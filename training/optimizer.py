@@ -8,6 +8,12 @@ from torch import nn
 NO_DECAY = (
     "*.bias",  # offsets: shrinking them buys no simplicity
     "*norm.weight",  # scales of normalised values
+    "*.lower_bounds",  # HGRN2's floors of the decays: at 0 they are evenly spaced, which is a start, not a prior
+    "*.recurrent",  # ParaRNN's diagonals, which couple a channel to its own past: bounded already, not by decay
+    "*.peephole",  # the same for its cell
+    "*.residual_scale",  # a gain on a whole block: decay would switch the block off
+    "*.A_log",  # Gated DeltaNet's rates of decay and, below, its time steps, as its authors do
+    "*.dt_bias",
     "*.decay_param",  # RG-LRU's memory length: decaying it towards 0 is a drift, not a prior
 )
 """Patterns over parameter names that weight decay spares. Everything else decays, the embedding included: tied to the

@@ -9,8 +9,9 @@ The contract every mixer keeps, attention included (`tests/models/test_mixers.py
     initializers() -> {parameter: rule}            for the parameters the module itself owns (`models/init.py`)
     flops_per_token(sequence_length) -> int        forward, two per multiply-add
     config.num_params(width) -> int
-    shared_module(config, width, count) -> Module  class method, only where the mixers of a kind share parameters;
-                                                   with config.num_shared_params(width, count)
+    shared_module(config, width, count) -> Module  class method, only where the mixers of a kind share parameters (None
+                                                   where the settings turn that off); with
+                                                   config.num_shared_params(width, count)
 
 The op is called through the parameter-free submodule `core` (`placement.core(op)`), which `parallel/` may wrap.
 """
@@ -19,11 +20,17 @@ from dataclasses import field, make_dataclass
 from typing import Any
 
 from models.mixers.attention import Attention, LocalAttention
+from models.mixers.gated_deltanet import GatedDeltaNet
+from models.mixers.hgrn2 import HGRN2
+from models.mixers.paralstm import ParaLSTM
 from models.mixers.rglru import RGLRU
 
 MIXERS: dict[str, Any] = {
     "attention": Attention,
+    "gated_deltanet": GatedDeltaNet,
+    "hgrn2": HGRN2,
     "local_attention": LocalAttention,
+    "paralstm": ParaLSTM,
     "rglru": RGLRU,
 }
 

@@ -1,13 +1,14 @@
 """Softmax attention, over the whole document or a sliding window, with grouped keys and rotary angles."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from models.init import Linear
 from models.mixers.placement import OpCore, Placement
+from models.norm import RMSNorm
 from ops import Layout, attention, local_attention, rotary
 
 KVState = tuple[Tensor, Tensor]
@@ -23,6 +24,9 @@ class AttentionConfig:
         rotary_fraction: share of the head's features that are rotated (Su et al., 2021); 0 turns rotation off.
         rotary_theta: base of the rotation's wavelengths.
         qkv_bias, output_bias: whether the projections have biases.
+        qk_norm: an RMS norm of queries and of keys before the rotation, over all features of all heads (`full`, as in
+            OLMo) or over each head's (`head`, one weight for all heads, as in Qwen3), or `none`.
+        qk_norm_eps: of these norms.
     """
 
     heads: int
@@ -32,15 +36,22 @@ class AttentionConfig:
     rotary_theta: float = 10_000.0
     qkv_bias: bool = False
     output_bias: bool = False
+    qk_norm: Literal["none", "full", "head"] = "none"
+    qk_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
         if self.kv_heads < 1 or self.heads < 1 or self.heads % self.kv_heads:
             raise ValueError(f"heads: {self.heads}; must be a positive multiple of kv_heads ({self.kv_heads})")
+        if self.head_dim < 1 or self.rotary_theta <= 0:
+            key = "head_dim" if self.head_dim < 1 else "rotary_theta"
+            raise ValueError(f"{key}: {getattr(self, key)}; must be positive")
         if not 0.0 <= self.rotary_fraction <= 1.0 or self.rotary_dim % 2:
             raise ValueError(
                 f"rotary_fraction: {self.rotary_fraction}; must lie in 0 to 1 and leave an even number of the "
                 f"{self.head_dim} features of a head to rotate"
             )
+        if self.qk_norm not in ("none", "full", "head"):
+            raise ValueError(f"qk_norm: {self.qk_norm!r}; must be none, full or head")
 
     @property
     def rotary_dim(self) -> int:
@@ -49,7 +60,8 @@ class AttentionConfig:
     def num_params(self, width: int) -> int:
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         biases = self.qkv_bias * (queries + 2 * keys) + self.output_bias * width
-        return width * (2 * queries + 2 * keys) + biases
+        norms = {"none": 0, "full": queries + keys, "head": 2 * self.head_dim}[self.qk_norm]
+        return width * (2 * queries + 2 * keys) + biases + norms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +88,9 @@ class Attention(nn.Module):
         self.q_proj = Linear(placement.width, queries, bias=config.qkv_bias)
         self.k_proj = Linear(placement.width, keys, bias=config.qkv_bias)
         self.v_proj = Linear(placement.width, keys, bias=config.qkv_bias)
+        if config.qk_norm != "none":
+            sizes = (queries, keys) if config.qk_norm == "full" else (config.head_dim, config.head_dim)
+            self.q_norm, self.k_norm = (RMSNorm(size, eps=config.qk_norm_eps, one_plus_weight=False) for size in sizes)
         self.core = self._core(placement)
         self.o_proj = Linear(queries, placement.width, bias=config.output_bias, variance_scale=placement.output_scale)
 
@@ -87,9 +102,12 @@ class Attention(nn.Module):
         return None
 
     def forward(self, x: Tensor, layout: Layout | None, state: KVState | None = None) -> tuple[Tensor, KVState | None]:
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.config.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.config.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (z.unflatten(-1, (-1, self.config.head_dim)) for z in (q, k, v))
+        if self.config.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.config.rotary_dim:
             positions = self._angles(x, layout, state)
             q, k = (

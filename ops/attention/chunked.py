@@ -1,4 +1,8 @@
-"""attention through torch's fused scaled_dot_product_attention, which never holds the score matrix."""
+"""attention through torch's scaled_dot_product_attention, whose fused kernels hold the scores in tiles only.
+
+What is held whole is the mask, where causality alone does not do: T x (S+T) booleans a row, shared by all heads; on a
+GPU the kernel turns them into as many numbers of the dtype of q.
+"""
 
 import torch
 from torch import Tensor
@@ -44,6 +48,11 @@ def sdpa(q: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | N
     """torch's attention on time-major heads: q [B, T, H, K], keys and values [B, S, G, K]; causal without a mask."""
     q, keys, values = (z.transpose(1, 2) for z in (q, keys, values))
     gqa = q.shape[1] != keys.shape[1]
+    if gqa and q.device.type == "cuda":
+        # Flash attention takes neither a mask nor fp32, the memory-efficient kernel no groups: for both together torch
+        # would hold the score matrix.
+        keys, values = (z.repeat_interleave(q.shape[1] // z.shape[1], dim=1) for z in (keys, values))
+        gqa = False
     o = scaled_dot_product_attention(
         q, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
     )

@@ -10,6 +10,7 @@ from models.config import ModelConfig
 from models.lm import LM
 from models.mixers import MixerConfigs
 from models.mixers.attention import AttentionConfig, LocalAttentionConfig
+from models.mixers.hgrn2 import HGRN2Config
 from models.mixers.rglru import RGLRUConfig
 from models.mlp import MLPConfig
 
@@ -107,10 +108,18 @@ def test_no_parameter_is_left_uninitialised() -> None:
     ("changes", "message"),
     [
         ({"layers": ()}, "layers: empty"),
-        ({"layers": ("rgrlu",)}, "'rgrlu' is no mixer; choose from"),
+        ({"layers": ("rgrlu",)}, "'rgrlu' is no mixer; choose from .*; did you mean rglru?"),
+        ({"post_norm": ("rgrlu",)}, "post_norm: 'rgrlu' is the mixer of no layer; choose from rglru, local_attention"),
         ({"mixers": MixerConfigs(rglru=RGLRUConfig(width=32, gate_blocks=2))}, "add them under mixers.local_attention"),
         ({"width": 0}, "width: 0; must be at least 1"),
         ({"logit_soft_cap": -1.0}, "logit_soft_cap: -1.0; must be positive"),
+        (
+            {"layers": ("hgrn2",), "mixers": MixerConfigs(hgrn2=HGRN2Config(heads=5))},
+            "mixers.hgrn2.heads: 5; must divide the model's width .32.: choose e.g. 4",
+        ),
+        ({"norm_eps": -1.0}, "norm_eps: -1.0; must be positive"),
+        ({"impl": {"linear_scna": "reference"}}, "impl.linear_scna: 'reference'; op: 'linear_scna' is not known"),
+        ({"impl": {"linear_scan": "fla"}}, "impl.linear_scan: 'fla'; .* has no implementation 'fla'"),
     ],
 )
 def test_impossible_models_are_refused(changes: dict, message: str) -> None:

@@ -9,23 +9,41 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.init import initialize
 from models.mixers import MIXERS
 from models.mixers.attention import AttentionConfig, LocalAttentionConfig
+from models.mixers.gated_deltanet import GatedDeltaNetConfig
+from models.mixers.hgrn2 import HGRN2Config
+from models.mixers.paralstm import ParaLSTMConfig
 from models.mixers.placement import Placement
 from models.mixers.rglru import RGLRUConfig
 from ops import Layout
 
 WIDTH = 24
 EXAMPLES = {
-    "attention": AttentionConfig(heads=4, kv_heads=2, head_dim=8, qkv_bias=True),
-    "local_attention": LocalAttentionConfig(
-        heads=4, kv_heads=1, head_dim=8, window=5, rotary_fraction=0.5, output_bias=True
+    "attention": AttentionConfig(heads=4, kv_heads=2, head_dim=8, qkv_bias=True, qk_norm="full"),
+    "gated_deltanet": GatedDeltaNetConfig(
+        heads=2, value_heads=4, head_dim=8, expand_v=1.5, conv_width=3, negative_eigenvalues=True
     ),
+    "hgrn2": HGRN2Config(heads=4, expand_ratio=8, conv_width=3, conv_bias=True),
+    "local_attention": LocalAttentionConfig(
+        heads=4, kv_heads=1, head_dim=8, window=5, rotary_fraction=0.5, output_bias=True, qk_norm="head"
+    ),
+    "paralstm": ParaLSTMConfig(width=32, heads=4, weight_limit=0.3, forget_bias=(0.0, 2.0)),
     "rglru": RGLRUConfig(width=32, gate_blocks=4),
 }
 DOCUMENTS = [(1, 7, 12, 1, 16), (20, 1, 16), (37,)]  # lengths a row; one token, row-long, borders anywhere
 
 
+def placement(kind: str) -> Placement:
+    """In the third of four layers of the kind, with what these share."""
+    if not hasattr(MIXERS[kind], "shared_module"):
+        return Placement(width=WIDTH)
+    shared = MIXERS[kind].shared_module(EXAMPLES[kind], WIDTH, 4)
+    assert EXAMPLES[kind].num_shared_params(WIDTH, 4) == sum(p.numel() for p in shared.parameters())
+    initialize(shared, seed=4)
+    return Placement(width=WIDTH, index=2, count=4, shared=shared)
+
+
 def build(kind: str, dtype: torch.dtype = torch.float64) -> Any:
-    mixer = MIXERS[kind](EXAMPLES[kind], Placement(width=WIDTH))
+    mixer = MIXERS[kind](EXAMPLES[kind], placement(kind))
     initialize(mixer, seed=3)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # every bias and conv tap must matter
@@ -136,13 +154,21 @@ def test_parameters_and_flops_follow_their_formulas(kind: str) -> None:
     with FlopCounterMode(display=False) as counter:
         mixer(torch.randn(1, length, WIDTH), Layout(torch.arange(length)[None]))
     projections = sum(
-        p.numel() for name, p in mixer.named_parameters() if name.endswith("weight") and "conv" not in name
+        p.numel()
+        for name, p in mixer.named_parameters()
+        if name.endswith("weight") and "conv" not in name and "norm" not in name
     )
     assert counter.get_total_flops() >= 2 * projections * length
     elementwise = mixer.flops_per_token(length) - 2 * projections
     assert elementwise > 0
     if kind == "rglru":
         assert elementwise == 2 * 32 * (4 + 1)  # conv taps and the recurrence
+    elif kind == "paralstm":
+        assert elementwise == 2 * 32 * (4 + 8)  # conv taps and the cell's products
+    elif kind == "gated_deltanet":
+        assert elementwise == 2 * (3 * (16 + 16 + 48) + 4 * 48 * 8)  # taps; decay, k^T S, update, reading of a state
+    elif kind == "hgrn2":
+        assert elementwise == 2 * (3 * (32 + 32 + 24) + 3 * 32 * 6)  # conv taps; a state's decay, update and reading
     else:
         seen = [min(t + 1, mixer.window or length) for t in range(length)]
         assert elementwise == pytest.approx(2 * 2 * 32 * sum(seen) / length, abs=1)
@@ -150,7 +176,7 @@ def test_parameters_and_flops_follow_their_formulas(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", MIXERS)
 def test_initial_weights_depend_on_seed_and_name_alone(kind: str) -> None:
-    first, again, other = (MIXERS[kind](EXAMPLES[kind], Placement(width=WIDTH)) for _ in range(3))
+    first, again, other = (MIXERS[kind](EXAMPLES[kind], placement(kind)) for _ in range(3))
     torch.manual_seed(5)
     initialize(first, seed=1)
     torch.manual_seed(6)
@@ -158,4 +184,5 @@ def test_initial_weights_depend_on_seed_and_name_alone(kind: str) -> None:
     initialize(other, seed=2)
     for name, parameter in first.named_parameters():
         assert torch.equal(parameter, again.get_parameter(name)), name
-        assert "bias" in name or not torch.equal(parameter, other.get_parameter(name)), name
+        constant = "bias" in name or "norm" in name or "scale" in name
+        assert constant or not torch.equal(parameter, other.get_parameter(name)), name

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ops import Layout, attention, local_attention
 from ops.attention import chunked
@@ -51,6 +53,29 @@ def make_inputs(
 
 def one_row(inputs: Inputs) -> Inputs:
     return {name: tensor[:1] for name, tensor in inputs.items()}
+
+
+@pytest.mark.parametrize(("device", "groups_of_call"), [("cuda", 4), ("cpu", 2)])
+@pytest.mark.parametrize("masked", [True, False])
+def test_cuda_kernels_get_a_key_for_every_head(device: str, groups_of_call: int, masked: bool) -> None:
+    """Tensors without data stand for those of a GPU: what matters is what is asked of torch."""
+    with FakeTensorMode(), mock.patch.object(chunked, "scaled_dot_product_attention") as kernel:
+        kernel.side_effect = lambda q, k, v, **options: q
+        q, k, v = (torch.empty(2, 9, n, 8, device=device) for n in (4, 2, 2))
+        mask = torch.empty(2, 1, 9, 9, dtype=torch.bool, device=device) if masked else None
+        o = chunked.sdpa(q, k, v, 1.0, mask)
+    assert o.shape == q.shape
+    call = kernel.call_args
+    assert [z.shape[1] for z in call.args] == [4, groups_of_call, groups_of_call]
+    assert call.kwargs["enable_gqa"] == (groups_of_call < 4)
+    assert call.kwargs["is_causal"] == (not masked)
+
+
+def test_a_key_for_every_head_changes_no_result() -> None:
+    inputs = make_inputs(9)
+    expanded = inputs | {name: inputs[name].repeat_interleave(2, dim=2) for name in ("k", "v")}
+    grouped, _ = attend(**inputs, impl="chunked")
+    torch.testing.assert_close(attend(**expanded, impl="chunked")[0], grouped)
 
 
 @pytest.mark.parametrize("window", [None, 3])

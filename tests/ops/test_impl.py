@@ -36,6 +36,11 @@ def test_every_listed_implementation_runs() -> None:
     calls = {
         "attention": lambda impl: ops.attention(q, q, q, impl=impl),
         "causal_conv1d": lambda impl: ops.causal_conv1d(x, torch.randn(4, 2), impl=impl),
+        "diagonal_lstm": lambda impl: ops.diagonal_lstm(
+            torch.randn(1, 3, 3, 4), torch.randn(3, 4), torch.randn(2, 4), impl=impl
+        ),
+        "gated_delta_rule": lambda impl: ops.gated_delta_rule(q, q, q, -x[..., :2].abs(), x[..., 2:].abs(), impl=impl),
+        "gated_linear_attention": lambda impl: ops.gated_linear_attention(q, q, q, -q.abs(), impl=impl),
         "linear_cross_entropy": lambda impl: ops.linear_cross_entropy(
             x, torch.randn(5, 4), torch.zeros(1, 3, dtype=torch.int64), impl=impl
         ),

@@ -31,6 +31,21 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda x, w, g: rms_norm(x, w, one_plus_weight=True, gate=g), (x, weight, gate))
 
 
+@pytest.mark.parametrize(("shape", "dims"), [((3, 5, 8), (0, 1)), ((2, 5, 3, 8), (1, 2)), ((2, 5, 3, 8), (0, 3))])
+def test_gradients_that_are_permuted_in_memory(shape: tuple[int, ...], dims: tuple[int, int]) -> None:
+    x, weight, gate = torch.randn(shape), torch.randn(shape[-1]), torch.randn(shape)
+    factor = torch.randn(shape).transpose(*dims).contiguous()
+
+    def gradients(y: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad((y.transpose(*dims) * factor).sum(), leaves)
+
+    leaves = [z.requires_grad_() for z in (x, weight, gate)]
+    expected = torch_rms_norm(x, shape[-1:], weight, 1e-6)
+    torch.testing.assert_close(gradients(rms_norm(x, weight), leaves[:2]), gradients(expected, leaves[:2]))
+    expected = torch_rms_norm(x, shape[-1:], weight, 1e-6) * silu(gate)
+    torch.testing.assert_close(gradients(rms_norm(x, weight, gate=gate), leaves), gradients(expected, leaves))
+
+
 def test_fp32_error_is_earned() -> None:
     """Outputs and gradients err at most twice as much as those of torch's norm."""
     x, weight, dy = torch.randn(64, 192), torch.randn(192), torch.randn(64, 192)

@@ -1,0 +1,60 @@
+"""The gated delta rule, S_t = exp(log_decay_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T."""
+
+from torch import Tensor
+
+from ops.check import check_dim, check_floating, check_layout, check_shape
+from ops.gated_delta_rule import chunked, reference
+from ops.impl import resolve_impl
+from ops.layout import Layout
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    layout: Layout | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """A matrix of memory a head that forgets, unlearns what it holds under a key, and learns a value instead:
+
+        S_t = exp(log_decay_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,    o_t = scale * S_t^T q_t
+
+    (Gated DeltaNet, arXiv 2412.06464, equation 10; DeltaNet, arXiv 2406.06484, where log_decay is 0.)
+
+    q, k:           [B, T, H, K]; value head j uses query and key head j // (HV / H)
+    v:              [B, T, HV, V], HV a multiple of H
+    log_decay:      [B, T, HV], natural logarithm of the decay, <= 0 (-inf forgets everything); may be wider than v. One
+                    number a head: a decay a key channel would be a fourth dimension K of the same argument
+    beta:           [B, T, HV], with beta |k|^2 in 0 to 2, beyond which the recurrence itself grows
+    scale:          of the output, K^-0.5 by default
+    layout:         at a document's first token S_{t-1} counts as 0, whatever `initial_state` says
+    initial_state:  [B, HV, K, V], S_{-1}; zeros by default
+
+    Returns o [B, T, HV, V] in v's dtype, and the last S [B, HV, K, V] in fp32 if `output_final_state`, else None.
+    The recurrence runs in fp32 (float64 for float64 inputs) in every implementation.
+    Raises ValueError for wrong shapes or dtypes and for an implementation that cannot run here.
+    """
+    check_dim("gated_delta_rule", "q", q, "B T H K")
+    check_dim("gated_delta_rule", "v", v, "B T HV V")
+    batch, time, heads, key_dim = q.shape
+    value_heads, value_dim = v.shape[2:]
+    check_shape("gated_delta_rule", "k", k, "B T H K", *q.shape)
+    check_shape("gated_delta_rule", "v", v, "B T HV V", batch, time, value_heads, value_dim)
+    check_shape("gated_delta_rule", "log_decay", log_decay, "B T HV", batch, time, value_heads)
+    check_shape("gated_delta_rule", "beta", beta, "B T HV", batch, time, value_heads)
+    check_shape("gated_delta_rule", "initial_state", initial_state, "B HV K V", batch, value_heads, key_dim, value_dim)
+    check_floating("gated_delta_rule", q=q, k=k, v=v, log_decay=log_decay, beta=beta, initial_state=initial_state)
+    check_layout("gated_delta_rule", layout, batch, time)
+    if value_heads % heads:
+        raise ValueError(f"gated_delta_rule: v has HV = {value_heads} heads; must be a multiple of q's H = {heads}")
+    if scale is None:
+        scale = key_dim**-0.5
+    module = {"chunked": chunked, "reference": reference}[resolve_impl("gated_delta_rule", impl, q.device.type)]
+    o, state = module.gated_delta_rule(q, k, v, log_decay, beta, scale, layout, initial_state)
+    return o, state if output_final_state else None
