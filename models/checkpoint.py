@@ -18,7 +18,7 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -60,19 +60,6 @@ def list_checkpoints(directory: Path) -> list[Path]:
     )
 
 
-def latest_good(directory: Path) -> tuple[Path | None, list[str]]:
-    """The newest intact checkpoint of a run, None if there is none, and why each newer one was passed over."""
-    skipped = []
-    for path in reversed(list_checkpoints(directory)):
-        try:
-            verify(path)
-        except CheckpointError as error:
-            skipped.append(str(error))
-        else:
-            return path, skipped
-    return None, skipped
-
-
 def describe_file(path: Path) -> dict[str, Any]:
     """A file's entry in the manifest."""
     with path.open("rb") as file:
@@ -91,18 +78,42 @@ def verify(path: Path, *, part: int = 0, parts: int = 1) -> None:
     """
     manifest = _read_json(path, MANIFEST)
     _require_version(path, manifest)
-    for name in sorted(manifest["files"])[part::parts]:
-        expected = manifest["files"][name]
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        raise CheckpointError(f"{path / MANIFEST}: has no mapping files of sizes and sha256; use another checkpoint")
+    for name in sorted(files)[part::parts]:
+        expected = files[name]
         try:
             size = (path / name).stat().st_size
-            if size != expected["bytes"]:
+            if size != expected.get("bytes"):
                 raise CheckpointError(
-                    f"{path / name}: {size} bytes instead of {expected['bytes']}; use another checkpoint"
+                    f"{path / name}: {size} bytes instead of {expected.get('bytes')}; use another checkpoint"
                 )
             if describe_file(path / name) != expected:
                 raise CheckpointError(f"{path / name}: its sha256 is not the manifest's; use another checkpoint")
         except OSError as error:
             raise CheckpointError(f"{path / name}: {error.strerror}; use another checkpoint") from error
+
+
+def latest_good(
+    directory: Path, *, paths: Sequence[Path] | None = None, verify: Callable[[Path], None] = verify
+) -> tuple[Path | None, list[str]]:
+    """The newest intact checkpoint of a run, None if there is none, and why each newer one was passed over.
+
+    Args:
+        directory: of the run's checkpoints.
+        paths: those to choose from, oldest first; by default all that `directory` holds.
+        verify: raises CheckpointError for one that is damaged.
+    """
+    skipped = []
+    for path in reversed(list_checkpoints(directory) if paths is None else paths):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            skipped.append(str(error))
+        else:
+            return path, skipped
+    return None, skipped
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -112,30 +123,39 @@ def read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The fp32 weights of an intact checkpoint under the names of `LM.named_parameters`, a tied one once."""
-    verify(path)
-    names = read_meta(path)["parameters"]
+def read_weights(path: Path, *, verified: bool = False) -> dict[str, Tensor]:
+    """The fp32 weights of an intact checkpoint under the names of `LM.named_parameters`, a tied one once.
+
+    Args:
+        path: the checkpoint.
+        verified: the caller has just verified it, as `latest_good` does; its files are not hashed again.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if not verified:
+        verify(path)
+    names = _parameters(path)
     tensors = read_tensors(path, [tensor_key("weight", name) for name in names])
     return {name: tensors[tensor_key("weight", name)] for name in names}
 
 
 @torch.no_grad()
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Copies the weights of an intact checkpoint into `model`.
+def load_weights(path: Path, model: nn.Module, *, verified: bool = False) -> None:
+    """Copies the weights of an intact checkpoint into `model`; `verified` as in `read_weights`.
 
     Raises:
         CheckpointError: it is damaged, or of another model; `model` is unchanged then.
     """
     require_parameters(path, {name: p.shape for name, p in model.named_parameters()})
-    weights = read_weights(path)
+    weights = read_weights(path, verified=verified)
     for name, parameter in model.named_parameters():
         parameter.copy_(weights[name])
 
 
 def require_parameters(path: Path, expected: Mapping[str, Iterable[int]]) -> None:
     """Raises CheckpointError, naming the differences, unless the checkpoint holds just these parameters and shapes."""
-    found = {name: list(shape) for name, shape in read_meta(path)["parameters"].items()}
+    found = {name: list(shape) for name, shape in _parameters(path).items()}
     wanted = {name: list(shape) for name, shape in expected.items()}
     missing = [name for name in wanted if name not in found]
     extra = [name for name in found if name not in wanted]
@@ -149,6 +169,13 @@ def require_parameters(path: Path, expected: Mapping[str, Iterable[int]]) -> Non
             f"{path}: a checkpoint of another model: missing {_some(missing)}; not in the model {_some(extra)}; "
             f"of another shape {_some(unequal)}; use the model of its {CONFIG}, or give this run another name"
         )
+
+
+def _parameters(path: Path) -> dict[str, list[int]]:
+    parameters = read_meta(path).get("parameters")
+    if not isinstance(parameters, dict):
+        raise CheckpointError(f"{path / META}: has no mapping of parameters to shapes; use another checkpoint")
+    return parameters
 
 
 def _some(items: list[str], limit: int = 8) -> str:

@@ -2,5 +2,8 @@
 
 import os
 
-# DeepSpeed reads this once, while it is imported, and otherwise reports every default it takes.
+import torch
+
+# DeepSpeed reads both once, while it is imported, and otherwise reports every default it takes and the device it chose.
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

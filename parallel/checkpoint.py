@@ -8,10 +8,10 @@ all raise the same error and none waits for the others.
 import dataclasses
 import heapq
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from models.checkpoint import (
     causes,
     checkpoint_name,
     describe_file,
+    latest_good,
     list_checkpoints,
     read_meta,
     read_tensors,
@@ -37,10 +38,8 @@ from models.checkpoint import (
 )
 from parallel.commit import prepare, publish, retire, write_rest
 from parallel.engine import Engine
-from parallel.grid import Grid
+from parallel.grid import Grid, everywhere
 from parallel.state import TrainingState
-
-T = TypeVar("T")
 
 
 def save_checkpoint(
@@ -95,8 +94,14 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
+def load_checkpoint(engine: Engine, path: Path, *, verified: bool = False) -> dict[str, Any]:
     """Continues from a checkpoint, whatever number of ranks and ZeRO stage wrote it. Collective.
+
+    Args:
+        engine: what takes it over.
+        path: the checkpoint.
+        verified: the caller has just verified it, as `find_checkpoint` does; its files are not hashed again. The same
+            on all ranks.
 
     Returns:
         The `progress` it was saved with, and its `step`.
@@ -107,13 +112,13 @@ def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
     """
     grid, state = engine.grid, engine.state
     shapes = {name: parameter.shape for name, parameter in state.parameters.items()}
-    _verify(grid, path)
-    _everywhere(grid, lambda: require_parameters(path, shapes))
-    meta = read_meta(path)
+    if not verified:
+        _verify(grid, path)
+    meta = everywhere(grid, lambda: _read_training_meta(path, shapes), CheckpointError)
     owners = _owners(state, grid.world_size)
     keys = [tensor_key(kind, name) for name, owner in owners.items() if owner == grid.rank for kind in KINDS]
     generators = _generators(grid) if meta["ranks"] == _ranks(grid) else {}
-    tensors = _everywhere(grid, lambda: read_tensors(path, [*keys, *generators]))
+    tensors = everywhere(grid, lambda: read_tensors(path, [*keys, *generators]), CheckpointError)
 
     for name, owner in owners.items():
         for kind in KINDS:
@@ -130,42 +135,32 @@ def load_checkpoint(engine: Engine, path: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(grid: Grid, directory: Path) -> tuple[Path | None, list[str]]:
-    """`models.checkpoint.latest_good`, the reading shared among all ranks. Collective."""
-    skipped = []
-    for path in reversed(list_checkpoints(directory)):
-        try:
-            _verify(grid, path)
-        except CheckpointError as error:
-            skipped.append(str(error))
-        else:
-            return path, skipped
-    return None, skipped
+    """`models.checkpoint.latest_good`, the reading shared among all ranks. Collective.
 
-
-def _everywhere(grid: Grid, action: Callable[[], T]) -> T:
-    """Runs `action`, which must not communicate, on every rank; if it fails on any, raises CheckpointError on all."""
-    problem = None
-    try:
-        result = action()
-    except CheckpointError as error:
-        problem = str(error)
-    except Exception as error:
-        problem = f"rank {grid.rank}: {causes(error)}"
-    problems: list[str | None] = [None] * grid.world_size
-    dist.all_gather_object(problems, problem)
-    distinct = list(dict.fromkeys(problem for problem in problems if problem))
-    if distinct:
-        raise CheckpointError("; ".join(distinct))
-    return result
+    The lead's listing counts: a shared file system may show ranks different ones for a while, and ranks that verified
+    different checkpoints would wait for each other.
+    """
+    listed = everywhere(grid, lambda: list_checkpoints(directory) if grid.is_lead else [], CheckpointError)
+    return latest_good(directory, paths=grid.broadcast(listed), verify=lambda path: _verify(grid, path))
 
 
 def _on_lead(grid: Grid, action: Callable[[], None]) -> None:
-    """`_everywhere`, with something to do on the first rank only."""
-    _everywhere(grid, action if grid.is_lead else lambda: None)
+    """`everywhere`, with something to do on the first rank only."""
+    everywhere(grid, action if grid.is_lead else lambda: None, CheckpointError)
 
 
 def _verify(grid: Grid, path: Path) -> None:
-    _everywhere(grid, lambda: verify(path, part=grid.rank, parts=grid.world_size))
+    everywhere(grid, lambda: verify(path, part=grid.rank, parts=grid.world_size), CheckpointError)
+
+
+def _read_training_meta(path: Path, shapes: Mapping[str, Iterable[int]]) -> dict[str, Any]:
+    """`read_meta` of a checkpoint of these parameters that training can continue from."""
+    require_parameters(path, shapes)
+    meta = read_meta(path)
+    missing = [key for key in ("step", "progress", "num_updates", "ranks") if key not in meta]
+    if missing:
+        raise CheckpointError(f"{path / META}: has no {', '.join(missing)}; continue from one that train.py wrote")
+    return meta
 
 
 def _ranks(grid: Grid) -> dict[str, Any]:
@@ -220,7 +215,9 @@ def _write_tensors(engine: Engine, staging: Path) -> dict[str, dict[str, Any]]:
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(staging))
     except CheckpointException as error:  # on every rank, wherever it happened
         raise CheckpointError(causes(error)) from error
-    mine = _everywhere(grid, lambda: {path.name: describe_file(path) for path in staging.glob(f"__{grid.rank}_*")})
+    mine = everywhere(
+        grid, lambda: {path.name: describe_file(path) for path in staging.glob(f"__{grid.rank}_*")}, CheckpointError
+    )
     shares: list[dict[str, Any]] = [{}] * grid.world_size
     dist.all_gather_object(shares, mine)
     return {name: entry for share in shares for name, entry in share.items()}

@@ -1,20 +1,29 @@
 """Makes a checkpoint appear whole or not at all. Everything here runs on one rank."""
 
+import errno
 import fcntl
 import json
 import os
 import shutil
+import socket
+import time
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from models.checkpoint import FORMAT_VERSION, MANIFEST, TOKENIZER, CheckpointError, describe_file, list_checkpoints
 
+NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What flock says on a file system that has none, for example Lustre mounted without `flock`."""
+
+OWNER = ".lock.owner"
+
 
 def prepare(staging: Path, guard: ExitStack) -> None:
     """Makes an empty directory to write into, and removes what killed saves left behind.
 
-    The lock on the parent ends with the process that holds it: what lies there while it is free is written by nobody.
+    The parent is locked: what lies there while the lock is free is written by nobody.
 
     Args:
         staging: where the checkpoint is written before it is published.
@@ -25,14 +34,56 @@ def prepare(staging: Path, guard: ExitStack) -> None:
     """
     directory = staging.parent
     directory.mkdir(parents=True, exist_ok=True)
+    _lock(directory, guard)
+    _sweep(directory)
+    guard.callback(shutil.rmtree, staging, ignore_errors=True)
+    staging.mkdir()
+
+
+def _lock(directory: Path, guard: ExitStack) -> None:
+    """Holds a lock that ends with the process, or where the file system has none, a file that may outlive it."""
     lock = guard.enter_context((directory / ".lock").open("w"))
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise CheckpointError(f"{directory}: another process is saving here; give each run its own directory") from None
-    _sweep(directory)
-    guard.callback(shutil.rmtree, staging, ignore_errors=True)
-    staging.mkdir()
+    except OSError as error:
+        if error.errno not in NO_FLOCK:
+            raise
+        owner = directory / OWNER
+        warnings.warn(
+            f"{directory}: this file system has no flock ({error.strerror}); {owner} takes its place, and a killed "
+            "save leaves it behind",
+            stacklevel=2,
+        )
+        _create_owner(owner, guard)
+
+
+def _create_owner(owner: Path, guard: ExitStack) -> None:
+    """Creates the file that says who is saving, to be removed when `guard` closes."""
+    try:
+        file = owner.open("x")
+    except FileExistsError:
+        raise CheckpointError(
+            f"{owner.parent}: {_describe_owner(owner)} is saving here, or was killed while it did; give each run its "
+            f"own directory, or, once you know that no process saves here, remove {owner}"
+        ) from None
+    guard.callback(owner.unlink, missing_ok=True)
+    with file:
+        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}, file)
+
+
+def _describe_owner(owner: Path) -> str:
+    """Who wrote the file and how long ago; whether the process still runs, where it can be asked."""
+    try:
+        content = json.loads(owner.read_bytes())
+        host, pid = str(content["host"]), int(content["pid"])
+        minutes = (time.time() - float(content["time"])) / 60
+    except (OSError, ValueError, KeyError, TypeError):
+        return "a process that has not said which"
+    here = host == socket.gethostname()
+    state = "" if not here else ", which still runs" if Path(f"/proc/{pid}").exists() else ", which runs no more"
+    return f"process {pid} on {host}{state}, since {minutes:.0f} minutes ago,"
 
 
 def _sweep(directory: Path) -> None:

@@ -2,9 +2,65 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any, Literal
 
 Precision = Literal["fp32", "bf16"]
+
+DEEPSPEED_KEYS = frozenset(
+    {
+        "activation_checkpointing",
+        "aio",
+        "autotuning",
+        "bf16",
+        "bfloat16",
+        "checkpoint",
+        "comet",
+        "comms_logger",
+        "communication_data_type",
+        "compile",
+        "csv_monitor",
+        "data_efficiency",
+        "data_types",
+        "dataloader_drop_last",
+        "datastates_ckpt",
+        "disable_allgather",
+        "disable_python_gc",
+        "dump_state",
+        "expert_parallel",
+        "flops_profiler",
+        "fp16",
+        "gradient_accumulation_steps",
+        "gradient_allreduce_op",
+        "gradient_clipping",
+        "gradient_predivide_factor",
+        "hybrid_engine",
+        "log_level",
+        "managed_gradient_accumulation",
+        "memory_breakdown",
+        "optimizer",
+        "pipeline",
+        "prescale_gradients",
+        "scheduler",
+        "seq_parallel_communication_data_type",
+        "steps_per_print",
+        "tensor_parallel",
+        "tensorboard",
+        "timers",
+        "torch_autocast",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "use_data_before_expert_parallelism",
+        "vocabulary_size",
+        "wall_clock_breakdown",
+        "wandb",
+        "weight_quantization",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "zero_optimization",
+    }
+)
+"""The keys at the top of a DeepSpeed configuration. DeepSpeed passes over any other without a word."""
 
 DERIVED_KEYS = {
     "train_batch_size": "train.batch_size",
@@ -63,6 +119,13 @@ class ParallelConfig:
             raise ValueError(f"zero_stage: {self.zero_stage}; must be 0, 1 or 2")
         if self.timeout_minutes <= 0:
             raise ValueError(f"timeout_minutes: {self.timeout_minutes}; must be positive")
+        for key, value in self.engine.items():
+            if key not in DEEPSPEED_KEYS:
+                (nearest,) = get_close_matches(key.lower(), sorted(DEEPSPEED_KEYS), n=1, cutoff=0.0)
+                raise ValueError(
+                    f"engine.{key}: {value!r}; not a key that DeepSpeed reads at the top; the nearest is {nearest}; "
+                    "correct or remove it (ZeRO's own settings stand under engine.zero_optimization)"
+                )
         for path, value in _paths(self.engine):
             if path == "zero_optimization" and not isinstance(value, Mapping):
                 raise ValueError(f"engine.{path}: {value!r}; must be a mapping; set zero_stage for the stage")

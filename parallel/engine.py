@@ -5,12 +5,14 @@ microbatches: the targets are counted over all ranks before the first backward p
 its sum divided by that count. DeepSpeed averages gradients over the data axis, so the axis' size is multiplied back in.
 """
 
+import copy
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from torch import Tensor, nn
 
 from models.lm import LM
@@ -44,12 +46,14 @@ class StepResult(NamedTuple):
         grad_norm: L2 norm of the whole gradient before clipping. Not finite: the gradient was not either, and weights
             and moments were left as they were.
         tokens: valid targets.
+        stop: whether any rank passed `stop` to the step.
     """
 
     loss: float
     z_loss: float
     grad_norm: float
     tokens: int
+    stop: bool
 
 
 class Engine:
@@ -71,7 +75,8 @@ class Engine:
         state: weights, moments and step count, for checkpoints.
 
     Raises:
-        ValueError: an unknown precision, or weights that differ between ranks.
+        ValueError: an unknown precision, `parallel.engine` entries that DeepSpeed refuses, or weights that differ
+            between ranks.
     """
 
     def __init__(
@@ -91,7 +96,6 @@ class Engine:
         self.precision = precision
         self.z_loss = z_loss
         self.num_microbatches = num_microbatches
-        self.module = model.to(grid.device)
         config = deepspeed_config(
             parallel,
             clip_norm=optimizer.clip_norm,
@@ -99,6 +103,8 @@ class Engine:
             micro_batch_size=micro_batch_size,
             num_microbatches=num_microbatches,
         )
+        _require_valid(config, parallel)
+        self.module = model.to(grid.device)
         _require_equal_weights(model, grid)
         # Fused: ZeRO hands over one flat tensor, and the unfused update would allocate several more of its size.
         self._adamw = torch.optim.AdamW(
@@ -112,13 +118,21 @@ class Engine:
         self._clip_norm = optimizer.clip_norm or float("inf")
         self.state = TrainingState(model, self._adamw, self._deepspeed.optimizer)
 
-    def step(self, microbatches: Sequence[Batch], lr: float) -> StepResult:
-        """One optimizer step over the microbatches of all ranks, at learning rate `lr`. Collective."""
+    def step(self, microbatches: Sequence[Batch], lr: float, stop: bool = False) -> StepResult:
+        """One optimizer step over the microbatches of all ranks. Collective.
+
+        Args:
+            microbatches: this rank's.
+            lr: learning rate.
+            stop: this rank wants to end the run; all learn it from the result. The step is made in any case.
+        """
         if len(microbatches) != self.num_microbatches:
             raise ValueError(f"{len(microbatches)} microbatches; this engine takes {self.num_microbatches} a step")
         batches = [self._to_device(batch) for batch in microbatches]
         tokens = torch.stack([(labels != NO_TARGET).sum() for _, _, labels in batches]).sum()
-        dist.all_reduce(tokens)
+        counts = torch.stack([tokens, torch.full_like(tokens, stop)])
+        dist.all_reduce(counts)
+        tokens, stops = counts.unbind()
         scale = self.grid.dp_size / tokens.clamp(min=1)
         for group in self._adamw.param_groups:
             group["lr"] = lr
@@ -137,7 +151,7 @@ class Engine:
 
         dist.all_reduce(sums)
         loss, z_loss = (sums / tokens.clamp(min=1)).tolist()
-        return StepResult(loss=loss, z_loss=z_loss, grad_norm=float(grad_norm), tokens=int(tokens))
+        return StepResult(loss=loss, z_loss=z_loss, grad_norm=float(grad_norm), tokens=int(tokens), stop=bool(stops))
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
@@ -166,6 +180,20 @@ class Engine:
         if not norm.isfinite():
             self.module.zero_grad(set_to_none=True)
         return norm
+
+
+def _require_valid(config: dict[str, Any], parallel: ParallelConfig) -> None:
+    """Raises ValueError if DeepSpeed cannot read its configuration for what `parallel.engine` adds to it."""
+    try:
+        DeepSpeedConfig(copy.deepcopy(config))
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, DeepSpeedConfigError) as error:
+        if not parallel.engine:
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"parallel.engine: {parallel.engine}; DeepSpeed refuses it: {type(error).__name__}: {reason}; correct or "
+            "remove the key that it names"
+        ) from error
 
 
 def _require_equal_weights(model: nn.Module, grid: Grid) -> None:

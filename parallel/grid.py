@@ -2,12 +2,16 @@
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +46,45 @@ class Grid:
         dist.all_reduce(values)
         return values
 
+    def broadcast(self, value: Any) -> Any:
+        """The lead's `value`, small and picklable, on every rank. Collective; what others pass is not looked at."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
     def close(self) -> None:
         """Leaves the process group, once all ranks have come this far; for runs that end well."""
         dist.barrier()
         dist.destroy_process_group()
+
+
+def everywhere(grid: Grid, action: Callable[[], T], error: type[Exception]) -> T:
+    """Runs `action`, which must not communicate, on every rank; if it fails on any, all raise. Collective.
+
+    So none waits in its next collective for a rank that has left.
+
+    Args:
+        grid: the ranks.
+        action: what to do; `lambda: None` where a rank has nothing to do.
+        error: what to raise, with one message on every rank: an `error` of `action` as it words itself, any other
+            exception with its type and rank, several joined by semicolons.
+
+    Returns:
+        What `action` returned on this rank.
+    """
+    caught: Exception | None = None
+    problem: str | None = None
+    try:
+        result = action()
+    except Exception as exception:
+        caught = exception
+        problem = str(caught) if isinstance(caught, error) else f"rank {grid.rank}: {type(caught).__name__}: {caught}"
+    problems: list[str | None] = [None] * grid.world_size
+    dist.all_gather_object(problems, problem)
+    distinct = list(dict.fromkeys(text for text in problems if text is not None))
+    if distinct:
+        raise error("; ".join(distinct)) from caught
+    return result
 
 
 def init_distributed(timeout_minutes: float = 30.0) -> Grid:
@@ -57,11 +96,10 @@ def init_distributed(timeout_minutes: float = 30.0) -> Grid:
         timeout_minutes: a collective that takes longer raises, and takes the job down instead of letting it hang.
 
     Raises:
-        ValueError: more processes on this machine than it has GPUs.
+        ValueError: more processes on this machine than it has GPUs, or the environment describes the group by half.
     """
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed asks the environment for it
     device = _choose_device(local_rank)
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
     store, rank, world_size = _rendezvous(timeout)
@@ -75,10 +113,26 @@ def init_distributed(timeout_minutes: float = 30.0) -> Grid:
 def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:
     """The store through which ranks find each other, this rank and their number; a store of its own without torchrun.
 
+    Processes that do not know of each other would each take themselves for the lead and write over one another's files:
+    what hints at others is refused.
+
     After a failure torchrun starts new ranks on the store of the old ones. Under the old names they would find the
     addresses of the dead and wait for them, so each attempt has names of its own.
     """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+    if len(given) == 1:
+        raise ValueError(
+            f"{given[0]}: {os.environ[given[0]]}, without the other of RANK and WORLD_SIZE; a group of processes needs "
+            "both; start with torchrun, or unset it for one process"
+        )
+    if not given:
+        tasks = os.environ.get("SLURM_NTASKS", "1")
+        if tasks != "1":
+            raise ValueError(
+                f"SLURM_NTASKS: {tasks}, but neither RANK nor WORLD_SIZE is set; every task would train alone, all in "
+                "one directory; start torchrun under srun, one task a node (srun --ntasks-per-node=1 torchrun ...), or "
+                "ask for one task (--ntasks=1) to train in one process"
+            )
         return dist.HashStore(), 0, 1
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -104,5 +158,5 @@ def _join_deepspeed() -> None:
     # On a CPU it would compile a shared-memory all-reduce, a minute's work that needs a compiler; gloo serves.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False)
-    # It calls collectives under names that torch is about to change.
+    # torch warns that `all_gather_into_tensor` and `reduce_scatter_tensor`, by which DeepSpeed calls, are deprecated.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")

@@ -138,6 +138,55 @@ def test_a_damaged_checkpoint_is_passed_over_with_the_reason(copy, name, damage,
         read_weights(copy / "latest")
 
 
+@pytest.mark.parametrize("content", [{}, {"files": ["meta.json"]}, {"files": {"meta.json": 7}}])
+def test_a_manifest_without_files_is_damage(copy, content):
+    (copy / "step_00000020" / MANIFEST).write_text(json.dumps({"format_version": 1} | content))
+    good, (skipped,) = latest_good(copy)
+    assert good == copy / "step_00000010"
+    assert "has no mapping files of sizes and sha256; use another checkpoint" in skipped
+
+
+def test_a_manifest_entry_without_size_is_damage(copy):
+    manifest = json.loads((copy / "latest" / MANIFEST).read_text())
+    manifest["files"][META] = {}
+    (copy / "latest" / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="bytes instead of None"):
+        verify(copy / "latest")
+
+
+def test_meta_without_parameters_is_damage(copy):
+    (copy / "latest" / META).write_text(json.dumps({"format_version": 1}))
+    for read in (lambda: read_weights(copy / "latest", verified=True), lambda: require_parameters(copy / "latest", {})):
+        with pytest.raises(CheckpointError, match="has no mapping of parameters to shapes"):
+            read()
+
+
+def test_what_the_caller_has_verified_is_not_hashed_again(copy):
+    expected = read_weights(copy / "latest")
+    flip_a_bit(copy / "latest" / "config.yaml")  # damage that only hashing shows
+    weights = read_weights(copy / "latest", verified=True)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    model = tiny_model(seed=3)
+    load_weights(copy / "latest", model, verified=True)
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())
+    for read in (lambda: read_weights(copy / "latest"), lambda: load_weights(copy / "latest", model)):
+        with pytest.raises(CheckpointError, match="sha256"):
+            read()
+
+
+def test_choosing_among_given_checkpoints_by_a_given_check(tmp_path):
+    paths = [tmp_path / f"step_{step:08d}" for step in (1, 2, 3)]
+    seen = []
+
+    def refuse_the_last(path: Path) -> None:
+        seen.append(path)
+        if path == paths[2]:
+            raise CheckpointError("torn")
+
+    assert latest_good(tmp_path, paths=paths, verify=refuse_the_last) == (paths[1], ["torn"])
+    assert seen == [paths[2], paths[1]]
+
+
 def test_ranks_that_share_the_check_cover_every_file(copy):
     files = sorted(json.loads((copy / "latest" / MANIFEST).read_text())["files"])
     for damaged, name in enumerate(files):

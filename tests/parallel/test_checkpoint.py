@@ -7,8 +7,10 @@ import resource
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -258,6 +260,90 @@ def small_disk(tmp_path):
         pytest.skip("mounting a small file system needs root")
     yield tmp_path
     subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def save_on_a_full_disk(grid: Grid, directory: Path) -> list[str]:
+    """In step 2 the disk is full for the second rank's tensors, then for the lead's files; steps 1 and 3 are saved."""
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    from parallel import commit
+
+    engine = tiny_engine(grid, zero_stage=1)
+    save(engine, directory, 1)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    messages = []
+    for rank, owner, name in ((1, FileSystemWriter, "write_data"), (0, commit, "_write_synced")):
+        patched = mock.patch.object(owner, name, side_effect=full) if grid.rank == rank else contextlib.nullcontext()
+        with patched:
+            try:
+                save(engine, directory, 2)
+                messages.append("saved")
+            except CheckpointError as error:
+                messages.append(str(error))
+        grid.any(False)  # the next save sweeps: first all look
+        messages += [path.name for path in directory.glob(".step_*")]
+        grid.any(False)
+    save(engine, directory, 3)
+    return messages
+
+
+def test_a_disk_that_is_full_for_one_rank_is_one_clear_error(ranks, tmp_path):
+    first, second = ranks(2).run(save_on_a_full_disk, directory=tmp_path, timeout=60)
+    assert first == second
+    for rank, message in zip((1, 0), first, strict=True):
+        assert message.startswith(f"{tmp_path / 'step_00000002'}: not saved: rank {rank}: ")
+        assert os.strerror(errno.ENOSPC) in message
+    assert names(tmp_path) == [".lock", "latest", "step_00000001", "step_00000003"]
+    assert latest_good(tmp_path) == (tmp_path / "step_00000003", [])
+
+
+def refused(action: Callable[[], Any]) -> str:
+    try:
+        return f"no error: {action()}"
+    except CheckpointError as error:
+        return str(error)
+
+
+def read_with_trouble(grid: Grid, directory: Path) -> tuple[tuple[Path | None, list[str]], list[str], dict[str, Any]]:
+    """The second rank lists one checkpoint less and cannot read meta.json; the lead cannot list."""
+    from parallel import checkpoint
+
+    engine = tiny_engine(grid, zero_stage=1)
+    path = directory / "step_00000002"
+
+    def on(rank: int, name: str, replacement: Callable[..., Any]) -> Any:
+        return mock.patch.object(checkpoint, name, replacement) if grid.rank == rank else contextlib.nullcontext()
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with on(1, "list_checkpoints", lambda directory: list_checkpoints(directory)[:-1]):
+        found = checkpoint.find_checkpoint(grid, directory)
+    messages = []
+    with on(0, "list_checkpoints", fail):
+        messages.append(refused(lambda: checkpoint.find_checkpoint(grid, directory)))
+    with on(1, "read_meta", fail):
+        messages.append(refused(lambda: checkpoint.load_checkpoint(engine, path)))
+    with on(1, "read_meta", lambda path: {"step": 2}):
+        messages.append(refused(lambda: checkpoint.load_checkpoint(engine, path)))
+    if grid.is_lead:
+        (path / "config.yaml").write_text("name: tony\n")  # damage that only hashing shows
+    grid.any(False)
+    messages.append(refused(lambda: checkpoint.load_checkpoint(engine, path)))
+    return found, messages, checkpoint.load_checkpoint(engine, path, verified=True)
+
+
+def test_ranks_agree_on_what_they_read(ranks, tmp_path):
+    ranks(2).run(save_steps, directory=tmp_path, steps=[1, 2])
+    first, second = ranks(2).run(read_with_trouble, directory=tmp_path, timeout=60)
+    assert first == second
+    found, (not_listed, not_read, incomplete, damaged), progress = first
+    assert found == (tmp_path / "step_00000002", [])
+    assert not_listed.startswith("rank 0: OSError")
+    assert not_read.startswith("rank 1: OSError")
+    assert "meta.json: has no progress, num_updates, ranks; continue from one that train.py wrote" in incomplete
+    assert "sha256" in damaged
+    assert progress == {"consumed_samples": 8, "step": 2}
 
 
 def save_until_full(grid: Grid, directory: Path) -> str:

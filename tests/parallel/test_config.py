@@ -1,6 +1,7 @@
 import pytest
 
-from parallel.config import DEFAULTS, DERIVED_KEYS, UNSUPPORTED_KEYS, ParallelConfig, deepspeed_config
+from parallel.config import DEEPSPEED_KEYS, DEFAULTS, DERIVED_KEYS, UNSUPPORTED_KEYS, ParallelConfig, deepspeed_config
+from parallel.grid import Grid
 
 
 def nested(path: str, value: object) -> dict:
@@ -28,6 +29,45 @@ def test_engine_may_not_contradict_the_run(path):
 def test_bad_values_are_refused(key, value, message):
     with pytest.raises(ValueError, match=message):
         ParallelConfig(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"), [("zero_optimisation", "zero_optimization"), ("pipelines", "pipeline"), ("TIMERS", "timers")]
+)
+def test_a_key_that_deepspeed_would_pass_over_is_refused_with_the_nearest(key, nearest):
+    with pytest.raises(ValueError, match=rf"^engine\.{key}: 7; .* the nearest is {nearest}; correct or remove it"):
+        ParallelConfig(engine={key: 7})
+
+
+def keys_that_deepspeed_reads(grid: Grid) -> set[object]:
+    """The installed DeepSpeed reads a configuration that notes what it is asked for."""
+    from deepspeed.runtime import config
+
+    asked: set[object] = set()
+
+    class Noted(dict):
+        def __contains__(self, key: object) -> bool:
+            asked.add(key)
+            return super().__contains__(key)
+
+        def __getitem__(self, key: str) -> object:
+            asked.add(key)
+            return super().__getitem__(key)
+
+        def get(self, key: str, default: object = None) -> object:
+            asked.add(key)
+            return super().get(key, default)
+
+        def keys(self):
+            return self
+
+    config.DeepSpeedConfig(Noted(derive(ParallelConfig())))
+    return asked - set(config._REMOVED_TOP_LEVEL_CONFIG_KEYS)
+
+
+def test_the_known_keys_are_those_of_the_installed_deepspeed(ranks):
+    asked = ranks(2).run(keys_that_deepspeed_reads)[0]
+    assert asked - {"sequence_parallel_size"} == DEEPSPEED_KEYS, "it shapes the process grid, which is not DeepSpeed's"
 
 
 def derive(parallel: ParallelConfig, precision: str = "fp32", clip_norm: float | None = 0.5) -> dict:

@@ -1,8 +1,10 @@
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.config import ParallelConfig
@@ -120,7 +122,7 @@ def step_without_targets(grid: Grid) -> list[tuple[tuple, bool]]:
         engine = tiny_engine(grid, zero_stage=stage)
         batch = microbatches(grid, 0, 1)[0]
         result = engine.step([batch._replace(labels=torch.full_like(batch.labels, -100))], 1e-2)
-        outcomes.append((tuple(result), all(w.isfinite().all() for w in weights(engine))))
+        outcomes.append((result[:4], all(w.isfinite().all() for w in weights(engine))))
     return outcomes
 
 
@@ -132,7 +134,7 @@ def step_with_targets_on_one_rank(grid: Grid) -> list[tuple]:
     batch = microbatches(grid, 0, 1)[0]
     if grid.rank == 1:
         batch = batch._replace(labels=torch.full_like(batch.labels, -100))
-    return [tuple(tiny_engine(grid, zero_stage=stage).step([batch], 1e-2)) for stage in (0, 1, 2)]
+    return [tiny_engine(grid, zero_stage=stage).step([batch], 1e-2)[:4] for stage in (0, 1, 2)]
 
 
 def test_a_rank_without_targets_does_not_dilute_the_loss(ranks):
@@ -194,11 +196,33 @@ def test_evaluation_leaves_training_alone(ranks):
     assert training
 
 
+def stopping(grid: Grid) -> list[tuple[Any, int]]:
+    """Steps with nobody, the second and every rank asking for a stop, and the engine's own collectives in each."""
+    outcomes = []
+    for stage in (0, 1, 2):
+        engine = tiny_engine(grid, zero_stage=stage)
+        for step, stop in enumerate((False, grid.rank == 1, True)):
+            with mock.patch("parallel.engine.dist", wraps=dist) as collectives:
+                result = engine.step(microbatches(grid, step, 1), 1e-2, stop=stop)
+            outcomes.append((result, len(collectives.mock_calls)))
+    return outcomes
+
+
+def test_a_stop_on_any_rank_is_known_to_all_and_changes_nothing_else(ranks, reference):
+    first, second = ranks(2).run(stopping)
+    assert first == second
+    assert [result.stop for result, _ in first] == [False, True, True] * 3
+    assert [result.tokens for result, _ in first] == [tokens for *_, tokens in reference[:3]] * 3
+    assert {count for _, count in first} == {2}, "one for the counts before the step, one for the sums after it"
+
+
 def refusals(grid: Grid) -> list[str]:
     messages = []
     for call in (
         lambda: tiny_engine(grid, zero_stage=1, model=tiny_model(seed=grid.rank)),
         lambda: tiny_engine(grid, zero_stage=1).step(microbatches(grid, 0, 2), 1e-2),
+        lambda: tiny_engine(grid, zero_stage=1, parallel=with_engine(zero_optimization={"overlap_com": True})),
+        lambda: tiny_engine(grid, zero_stage=1, parallel=with_engine(checkpoint={"tag_validation": "NEVER"})),
     ):
         try:
             call()
@@ -208,10 +232,19 @@ def refusals(grid: Grid) -> list[str]:
 
 
 def test_wrong_use_is_refused(ranks):
-    for differ, count in ranks(2).run(refusals):
+    for differ, count, *configurations in ranks(2).run(refusals):
         assert "initial weights differ between ranks" in differ
         assert "embed.weight" in differ
         assert count == "2 microbatches; this engine takes 1 a step"
+        for message, names in zip(configurations, ("overlap_com ", "tag_validation value of NEVER"), strict=True):
+            assert message.startswith("parallel.engine: {")
+            assert "DeepSpeed refuses it" in message
+            assert names in message
+            assert message.endswith("correct or remove the key that it names")
+
+
+def with_engine(**engine: Any) -> ParallelConfig:
+    return ParallelConfig(engine=engine)
 
 
 def with_extra_keys(grid: Grid) -> list[tuple]:

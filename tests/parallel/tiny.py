@@ -89,8 +89,8 @@ def learning_rate(step: int) -> float:
 
 
 def train(engine: Any, steps: range) -> list[tuple[float, float, float, int]]:
-    """The step results as plain tuples."""
+    """What each step measured, as plain tuples (loss, z_loss, grad_norm, tokens)."""
     return [
-        tuple(engine.step(microbatches(engine.grid, step, engine.num_microbatches), learning_rate(step)))
+        tuple(engine.step(microbatches(engine.grid, step, engine.num_microbatches), learning_rate(step))[:4])
         for step in steps
     ]
