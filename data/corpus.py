@@ -1,6 +1,8 @@
 """A prepared directory or a foreign .bin/.idx pair, opened and checked against the run that wants it."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -62,18 +64,20 @@ def open_valid(config: DataConfig) -> list[Corpus]:
     return corpora
 
 
-def check_data(config: DataConfig, vocab_size: int, *, validation: bool = True) -> Path | None:
+def check_data(config: DataConfig, vocab_size: int, *, validation: bool = True, sweep: bool = True) -> Path | None:
     """Checks all corpora against each other, the tokenizer and the model's vocabulary, before anything is built.
 
-    Sweeps over every index. Returns the tokenizer's path; None if the data are generated, or if all corpora are foreign
-    and data.tokenizer is not set. `validation=False` for a run that never validates. Raises ValueError.
+    Returns the tokenizer's path; None if the data are generated, or if all corpora are foreign
+    and data.tokenizer is not set. `validation=False` for a run that never validates, `sweep=False`
+    where another rank reads the indices from end to end. Raises ValueError.
     """
     if config.source is not None:
         find_task(config.source, config.options).check(config.sequence_length, vocab_size)
         return None
     corpora = open_train(config) + (open_valid(config) if validation else [])
-    for corpus in corpora:
-        corpus.dataset.verify()
+    for corpus in corpora if sweep else ():
+        with _named(corpus.key, corpus.path):
+            corpus.dataset.verify()
     tokenizer = _common_tokenizer(config, corpora)
     if tokenizer is not None:
         _check_vocabulary(tokenizer, vocab_size)
@@ -97,7 +101,8 @@ def _open(key: str, path: str, split: Split | None) -> Corpus:
     """Opens a split of a prepared directory, or a pair; for a directory, no split means its held-out one."""
     directory = Path(path)
     if (directory / "meta.json").is_file():
-        return _open_prepared(key, directory, split or "valid")
+        with _named(key, path):
+            return _open_prepared(key, directory, split or "valid")
     if not Path(f"{path}.idx").is_file() and not Path(f"{path}.bin").is_file():
         unfinished = (directory / ".parts").is_dir()
         raise ValueError(
@@ -110,10 +115,20 @@ def _open(key: str, path: str, split: Split | None) -> Corpus:
             f"{key}: value {path} is a .bin/.idx pair, which has no held-out split; validation needs one; "
             "name held-out data in data.validation"
         )
-    dataset = IndexedDataset(path)
+    with _named(key, path):
+        dataset = IndexedDataset(path)
     if dataset.num_tokens == 0:
         raise ValueError(f"{key}: value {path} holds no tokens; must hold some; give another pair")
     return Corpus(key, path, dataset)
+
+
+@contextmanager
+def _named(key: str, path: str) -> Iterator[None]:
+    """Puts the configuration's key and value before the message of a ValueError, which names a file alone."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}: value {path}; {error}") from error
 
 
 def _open_prepared(key: str, directory: Path, split: Split) -> Corpus:

@@ -89,7 +89,8 @@ def prepare(
         first, step = shard or (0, 1)
         _encode(work, parts, settings, range(first, len(parts), step), workers)
     except ValueError:
-        if not any(part_directory(work, index).exists() for index in range(len(parts))):
+        alone = shard is None  # another shard may be at work in there
+        if alone and not any(part_directory(work, index).exists() for index in range(len(parts))):
             shutil.rmtree(work)  # nothing is lost, and the corrected command may have other settings
         raise
     return merge_parts(work, output, len(parts), plan) if shard is None else None

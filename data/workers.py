@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import pickle
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
@@ -83,7 +84,16 @@ def _work(task: Task, connection: Connection) -> None:
                         units = 0
                 message: Progress | Exception = Progress(units, 1)
             except Exception as error:
-                message = error
+                message = _sendable(error)
             connection.send(message)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(0)  # the parent closed the pipe or is gone
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or its words where it does not survive the pipe, as one with a handle or a constructor of its own."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

@@ -75,6 +75,7 @@ class DemoError(RuntimeError):
 
 def demonstrate(run: RunConfig, arguments: list[str]) -> str:
     """All steps in order; returns the closing summary. `arguments` are train.py's."""
+    python = os.path.relpath(sys.executable)
     directory, corpus, export = run.directory, run.data.corpora[0].path, run.directory / "huggingface"
     with step("1 of 7: tokenizer and corpus from the Python standard library's source"):
         command(
@@ -115,9 +116,9 @@ def demonstrate(run: RunConfig, arguments: list[str]) -> str:
             f"Exported   {export}   (transformers.AutoModelForCausalLM.from_pretrained)",
             "",
             "Next:",
-            f"  python -m eval.generate {directory} --prompt 'class Tree:'",
-            "  python -m data.prepare --input 'texts/*.txt' --tokenizer train:8192 --output data/corpora/mine",
-            "  python train.py configs/demo.yaml name=mine model.vocab_size=8192 data.corpora.0.path=data/corpora/mine",
+            f"  {python} -m eval.generate {directory} --prompt 'class Tree:'",
+            f"  {python} -m data.prepare --input 'texts/*.txt' --tokenizer train:4096 --output data/corpora/mine",
+            f"  {python} train.py configs/demo.yaml name=mine data.corpora.0.path=data/corpora/mine",
         ]
     )
 

@@ -23,6 +23,7 @@ def generate(
     *,
     max_tokens: int,
     eos_id: int | None = None,
+    vocab_size: int | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
@@ -36,6 +37,7 @@ def generate(
         prompts: token ids, BOS included; at least one each.
         max_tokens: the most tokens added to a prompt.
         eos_id: ends a continuation; None lets all run to max_tokens.
+        vocab_size: only tokens below it are chosen, which a padded embedding needs; None takes the whole embedding.
         temperature: divides the logits; 0 always takes the most likely token.
         top_p: samples among the fewest tokens that hold this share of the probability (Holtzman et al., 2020).
         seed: of the draws, which take nothing from torch's global generator. A row's draws depend on seed and row.
@@ -58,7 +60,7 @@ def generate(
     chosen: list[Tensor] = []
     running = torch.ones(len(prompts), dtype=torch.bool, device=device)
     for step in range(max_tokens):
-        token = _choose(logits[:, -1], draws[:, step], temperature, top_p)  # [B]
+        token = _choose(logits[:, -1, :vocab_size], draws[:, step], temperature, top_p)  # [B]
         chosen.append(token)
         if eos_id is not None:
             running &= token != eos_id
@@ -82,7 +84,14 @@ def sample_text(
     """Each prompt, as the beginning of a document, with its continuation (`generate`)."""
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     continuations = generate(
-        model, ids, max_tokens=max_tokens, eos_id=tokenizer.eos_id, temperature=temperature, top_p=top_p, seed=seed
+        model,
+        ids,
+        max_tokens=max_tokens,
+        eos_id=tokenizer.eos_id,
+        vocab_size=tokenizer.vocab_size,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
     )
     return [tokenizer.decode([*prompt, *added]) for prompt, added in zip(ids, continuations, strict=True)]
 
@@ -143,8 +152,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--greedy", action="store_true", help="always the most likely token; the same as --temperature 0"
     )
-    parser.add_argument("--device", help="cpu or cuda; a GPU if there is one")
+    parser.add_argument("--device", type=_device, help="cpu or cuda; a GPU if there is one")
     return parser
+
+
+def _device(value: str) -> torch.device:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        device = torch.device(value)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < gpus):
+        return device
+    here = ", ".join(["cpu", *(f"cuda:{index}" for index in range(gpus))])
+    raise argparse.ArgumentTypeError(f"value {value!r}; this machine has {here}; choose one, or leave --device out")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

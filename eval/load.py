@@ -6,7 +6,7 @@ import torch
 
 from data.tokenizer import Tokenizer
 from models.lm import LM
-from models.restore import find_checkpoint, restore_model, tokenizer_path
+from models.restore import resolve_checkpoint, restore_model, tokenizer_path
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> tuple[LM, Tokenizer]:
@@ -17,8 +17,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[LM, Tokenizer]
     Raises:
         ValueError: `path` is neither, the checkpoint is damaged, or the run was trained on tokens without a tokenizer.
     """
-    checkpoint = find_checkpoint(path)
+    checkpoint = resolve_checkpoint(path)
     tokenizer = tokenizer_path(checkpoint)
     if tokenizer is None:
         raise ValueError(f"{checkpoint}: has no tokenizer.model; copy there the tokenizer its corpus was made with")
-    return restore_model(checkpoint, device).eval(), Tokenizer(tokenizer)
+    return restore_model(checkpoint, device, verified=True).eval(), Tokenizer(tokenizer)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from models.restore import read_metrics
+
 Row = dict[str, Any]
 
 
@@ -53,7 +55,7 @@ def read_run(path: Path) -> RunRecord:
     if not metrics.is_file():
         raise ValueError(f"{path}: no run directory, it has no metrics.jsonl; name a directory that train.py wrote")
     notes: list[str] = []
-    training, validation, events, repeated = _read_metrics(metrics, notes)
+    training, validation, events, repeated = _sort_metrics(read_metrics(path), notes)
     if not training:
         raise ValueError(f"{metrics}: holds no training step yet; train first, or wait for the first logged step")
     layers = _read_optional(path / "layers.json", notes)
@@ -77,7 +79,9 @@ def read_run(path: Path) -> RunRecord:
     )
 
 
-def _read_metrics(path: Path, notes: list[str]) -> tuple[dict[int, Row], dict[int, Row], list[Row], int]:
+def _sort_metrics(
+    lines: list[tuple[int, Row | None]], notes: list[str]
+) -> tuple[dict[int, Row], dict[int, Row], list[Row], int]:
     """Training rows and validation rows by step, events, and the number of training rows that were written again.
 
     The last row of a step counts. A resume goes back to its checkpoint: rows beyond it are dropped even where the run
@@ -88,15 +92,10 @@ def _read_metrics(path: Path, notes: list[str]) -> tuple[dict[int, Row], dict[in
     events: list[Row] = []
     seen: set[int] = set()
     repeated = 0
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, start=1):
-        row = _parse(line)
-        if not line.strip():
-            continue
+    for number, row in lines:
         if row is None:
-            cut = (
-                "the last line is cut off, as a kill leaves it" if number == len(lines) else f"line {number} is damaged"
-            )
+            last = number == lines[-1][0]
+            cut = "the last line is cut off, as a kill leaves it" if last else f"line {number} is damaged"
             notes.append(f"metrics.jsonl: {cut}; it was left out.")
         elif "event" in row:
             events.append(row)
@@ -110,14 +109,6 @@ def _read_metrics(path: Path, notes: list[str]) -> tuple[dict[int, Row], dict[in
             seen.add(row["step"])
             training[row["step"]] = row
     return training, validation, events, repeated
-
-
-def _parse(line: str) -> Row | None:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _read_optional(path: Path, notes: list[str]) -> str:

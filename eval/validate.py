@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from data.loader import Batch
+from data.synthetic import NO_TARGET
 from data.tokenizer import Tokenizer
 
 
@@ -66,7 +67,7 @@ def validate(
     for batch in batches:
         nll = token_losses(batch).detach().double().cpu()
         labels, positions = batch.labels.cpu(), batch.positions.cpu()
-        valid = labels >= 0
+        valid = labels != NO_TARGET
         bucket = torch.bucketize(positions[valid], inner, right=True)
         sums[0].index_add_(0, bucket, nll[valid])
         sums[1].index_add_(0, bucket, torch.ones_like(nll[valid]))

@@ -45,10 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{agreement.logits_tokens:,} tokens, {agreement.generated_tokens} tokens generated alike, "
         f"{agreement.texts} texts tokenized alike"
     )
-    if agreement.equal_score_texts:
-        print(
-            f"{agreement.equal_score_texts} texts hold segmentations of equal score, which the tokenizers order apart"
-        )
     return 0
 
 

@@ -1,9 +1,7 @@
 """The model card: what an exported model is, how it was trained, how to use it and what to mind."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from models.hf.verify import Agreement
@@ -50,17 +48,32 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100, do_sample=Tr
 """
 
 
+FIGURES = {
+    "tokens": ("Training tokens", ",.0f"),
+    "val_loss": ("Held-out loss, nats a token", ".4f"),
+    "val_bits_per_byte": ("Held-out bits per byte", ".4f"),
+}
+"""Figures of a run that a card tells: by their names there, how it calls and writes them."""
+
+
 def model_card(
-    name: str, model: LM, checkpoint: Path, meta: dict[str, Any], bos_token: str, agreement: Agreement
+    name: str,
+    model: LM,
+    meta: Mapping[str, Any],
+    figures: Mapping[str, float],
+    *,
+    bos_token: str,
+    agreement: Agreement,
 ) -> str:
     """README.md of an exported model.
 
     Args:
         name: of the directory.
-        checkpoint, meta: where the model came from, and what that checkpoint's `meta.json` says.
+        meta: what the checkpoint's `meta.json` says.
+        figures: of the run at that step, those of `FIGURES` that are known.
         agreement: how it was compared with the original.
     """
-    facts = [*_architecture(model), *_training(checkpoint, meta), *_comparison(agreement)]
+    facts = [*_architecture(model), *_training(meta, figures), *_comparison(agreement)]
     return CARD.format(
         name=name,
         parameters=f"{model.num_params():,}",
@@ -84,34 +97,14 @@ def _architecture(model: LM) -> Iterator[tuple[str, str]]:
     yield "Vocabulary", f"{config.vocab_size:,}"
 
 
-def _training(checkpoint: Path, meta: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """From the checkpoint itself, and from the metrics of the run it lies in, if it does."""
-    step = int(meta["step"])
-    yield "Training steps", f"{step:,}"
-    rows = _metrics(checkpoint.resolve().parent.parent / "metrics.jsonl", step)
-    tokens = [row["tokens"] for row in rows if row.get("tokens")]
-    if tokens:
-        yield "Training tokens", f"{tokens[-1]:,}"
-    for label, key in (("Held-out loss, nats a token", "val_loss"), ("Held-out bits per byte", "val_bits_per_byte")):
-        values = [row[key] for row in rows if row.get(key) is not None]
-        if values:
-            yield label, f"{values[-1]:.4f}"
+def _training(meta: Mapping[str, Any], figures: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    yield "Training steps", f"{meta['step']:,}"
+    for key, (label, form) in FIGURES.items():
+        if key in figures:
+            yield label, format(figures[key], form)
     environment = meta.get("environment") or {}
     if environment.get("git_revision"):
         yield "Rondo revision", f"`{environment['git_revision']}`"
-
-
-def _metrics(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """The rows up to a step, without a line that a kill cut off."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row["step"] <= last_step:
-            rows.append(row)
-    return rows
 
 
 def _comparison(agreement: Agreement) -> Iterator[tuple[str, str]]:

@@ -52,6 +52,7 @@ def _requirements(config: ModelConfig) -> Iterator[tuple[str, Any, bool, str]]:
     yield "model.tie_embeddings", config.tie_embeddings, config.tie_embeddings, "true"
     yield "model.scale_embeddings", config.scale_embeddings, config.scale_embeddings, "true"
     yield "model.norm_one_plus_weight", config.norm_one_plus_weight, config.norm_one_plus_weight, "true"
+    yield "model.post_norm", ", ".join(config.post_norm), not config.post_norm, "none, its blocks normalise inputs"
     yield "model.logit_soft_cap", config.logit_soft_cap, config.logit_soft_cap is not None, "a number, it uses 30"
     yield "model.mlp.activation", config.mlp.activation, config.mlp.activation == "gelu_tanh", "gelu_tanh"
     yield "model.mlp.bias", config.mlp.bias, config.mlp.bias, "true"
@@ -71,6 +72,7 @@ def _attention_requirements(attention: LocalAttentionConfig, width: int) -> Iter
     key, inner = "model.mixers.local_attention", attention.heads * attention.head_dim
     yield f"{key}.head_dim", attention.head_dim, inner == width, f"model.width / heads, {width} / {attention.heads}"
     yield f"{key}.output_bias", attention.output_bias, attention.output_bias, "true"
+    yield f"{key}.qk_norm", attention.qk_norm, attention.qk_norm == "none", "none"
     yield f"{key}.rotary_fraction", attention.rotary_fraction, attention.rotary_dim > 0, "more than 0"
 
 

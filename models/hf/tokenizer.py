@@ -32,9 +32,9 @@ def convert_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """The SentencePiece model at `path` as a transformers tokenizer.
 
     It puts BOS in front, as documents have it; with `add_special_tokens=False` its ids are those of `Tokenizer.encode`.
-    Control pieces written out in a text, such as "<s>", are plain characters there and here. Segmentations of equal
-    score, which unigram models have in runs of one character, SentencePiece decides by rounding in single precision:
-    there the order of the ids can differ.
+    Control pieces written out in a text, such as "<s>", are plain characters there and here. The ids of a unigram model
+    are the same where sums of its scores along a line are exact in single precision: below 2^14, some 3,000 tokens, in
+    one that `train_tokenizer` made. Beyond, rounding decides between segmentations that are equally good.
 
     Raises:
         ValueError: the model loses text (`Tokenizer`), or is of a kind that has no counterpart.

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data.config import CorpusConfig, DataConfig
-from data.corpus import check_data
+from data.corpus import check_data, open_train, open_valid
 from data.indexed import IndexedDataset, IndexedWriter
 from data.parts import Settings
 from data.prepare import Training, prepare
@@ -101,8 +101,20 @@ def test_refuses_tokenizers_that_differ(corpus: Path, tmp_path: Path, texts: Pat
 )
 def test_refuses_a_damaged_corpus(copy: Path, change: Callable[[Path], None], message: str) -> None:
     change(copy)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         check_data(config(copy), 400)
+    assert str(raised.value).startswith(f"data.corpora.0.path: value {copy}")
+
+
+def test_damage_names_the_key_of_the_corpus_that_has_it(corpus: Path, copy: Path, pair: Path) -> None:
+    os.truncate(copy / "valid.bin", 1000)
+    with pytest.raises(ValueError, match=rf"^data\.corpora\.1\.path: value {copy}; .*valid\.bin: 1000 bytes"):
+        check_data(config(corpus, copy), 400)
+    with pytest.raises(ValueError, match=rf"^data\.validation\.0: value {copy}; .*valid\.bin: 1000 bytes"):
+        open_valid(config(corpus, validation=(str(copy),)))
+    Path(f"{pair}.bin").unlink()
+    with pytest.raises(ValueError, match=rf"^data\.corpora\.0\.path: value {pair}; .*pair\.bin: missing"):
+        open_train(config(pair))
 
 
 def test_refuses_files_of_different_preparations(copy: Path) -> None:
@@ -116,7 +128,7 @@ def test_refuses_a_damaged_index(pair: Path) -> None:
     with open(f"{pair}.idx", "r+b") as file:
         file.seek(34)
         file.write(bytes(4))
-    with pytest.raises(ValueError, match=r"pair\.idx: damaged"):
+    with pytest.raises(ValueError, match=r"^data\.corpora\.0\.path: .*pair\.idx: damaged"):
         check_data(config(pair), 400, validation=False)
 
 

@@ -60,6 +60,18 @@ def test_bad_documents_are_refused_by_name_or_skipped_and_counted(
     assert "1 not UTF-8" in capsys.readouterr().out
 
 
+def test_a_bad_document_in_one_shard_leaves_the_others_at_work(
+    inputs: Path, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(inputs, tmp_path / "in")
+    (tmp_path / "in" / "0.jsonl").write_bytes(b'{"text": "caf\xe9"}\n' + (inputs / "0.jsonl").read_bytes())
+    at_work = tmp_path / "out" / ".parts" / "000001.beef.tmp"  # what shard 1 of 2 is writing
+    at_work.mkdir(parents=True)
+    command = arguments(tmp_path / "in", tmp_path / "out", tokenizer, "--workers", "1", "--shard", "0/2")
+    assert "not UTF-8" in error_of(command, capsys)
+    assert at_work.is_dir()
+
+
 def test_a_bad_document_in_the_tokenizers_sample_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     command = ["--input", f"{tmp_path}/*.txt", "--tokenizer", "train:300", "--output", str(tmp_path / "out")]

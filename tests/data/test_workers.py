@@ -2,13 +2,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from data.workers import REPORT_EVERY, run_tasks
+from data.workers import REPORT_EVERY, Task, run_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,6 +23,25 @@ def fail_on_two(index: int) -> Iterator[int]:
     yield 1
     if index == 2:
         raise ValueError("task 2 is wrong")
+
+
+class TwoPart(Exception):
+    """Cannot be made again from its words alone, as unpickling tries to."""
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"{what}: {why}")
+
+
+def fail_with_two_parts(index: int) -> Iterator[int]:
+    yield 1
+    raise TwoPart("the disk", f"full at {index}")
+
+
+def fail_with_a_lock(index: int) -> Iterator[int]:
+    yield 1
+    error = OSError(f"the disk: full at {index}")
+    error.lock = threading.Lock()  # type: ignore[attr-defined]
+    raise error
 
 
 def die(index: int) -> Iterator[int]:
@@ -47,6 +67,12 @@ def test_runs_every_task_and_counts_all_progress(workers: int) -> None:
 def test_an_error_of_a_task_is_raised(workers: int) -> None:
     with pytest.raises(ValueError, match="task 2 is wrong"):
         list(run_tasks(fail_on_two, range(5), workers))
+
+
+@pytest.mark.parametrize(("task", "name"), [(fail_with_two_parts, "TwoPart"), (fail_with_a_lock, "OSError")])
+def test_an_error_that_cannot_be_pickled_keeps_its_words(task: Task, name: str) -> None:
+    with pytest.raises(RuntimeError, match=f"^{name}: the disk: full at 0$"):
+        list(run_tasks(task, range(1), 2))
 
 
 def test_a_killed_worker_is_an_error() -> None:

@@ -10,7 +10,7 @@ import eval.generate
 from data.tokenizer import Tokenizer
 from eval.generate import _choose, generate, main, sample_text
 from models.lm import LM
-from tests.models.griffin import griffin, griffin_config, write_run
+from tests.models.griffin import griffin, griffin_config, padded_griffin, write_run
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "assets" / "tokenizer.model"
 PROMPTS = [[2, 7, 9, 11, 4, 5, 8, 30, 31], [2], [2, 40, 41], [2, 1, 1, 1, 60, 59, 58]]
@@ -127,6 +127,30 @@ def test_texts_begin_with_their_prompts(speaker: LM) -> None:
     prompts = ["def  f(x):\n\t", "", "é"]
     texts = sample_text(speaker, Tokenizer(TOKENIZER), prompts, max_tokens=6, seed=3)
     assert all(text.startswith(prompt) and text != prompt for text, prompt in zip(texts, prompts, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_padded_vocabulary_is_not_spoken(temperature: float) -> None:
+    """The rows beyond the tokenizer are the likeliest everywhere: whatever a hidden state is, one of a pair scores."""
+    tokenizer = Tokenizer(TOKENIZER)
+    model = padded_griffin(tokenizer.vocab_size, 64)
+    free = generate(model, PROMPTS, max_tokens=8, temperature=temperature, seed=1)
+    assert max(max(row) for row in free) >= tokenizer.vocab_size
+    bounded = generate(model, PROMPTS, max_tokens=8, temperature=temperature, seed=1, vocab_size=tokenizer.vocab_size)
+    assert max(max(row) for row in bounded) < tokenizer.vocab_size
+    texts = sample_text(model, tokenizer, ["def ", ""], max_tokens=8, temperature=temperature, seed=1)
+    assert all(text.startswith(prompt) for text, prompt in zip(texts, ["def ", ""], strict=True))
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda", "cuda:3", "meta"])
+def test_a_device_that_is_not_here(
+    run: Path, device: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as exit_info:
+        main([str(run), "--device", device])
+    assert exit_info.value.code == 2
+    assert f"argument --device: value '{device}'; this machine has cpu; choose" in capsys.readouterr().err
 
 
 def test_command(run: Path, speaker: LM, capsys: pytest.CaptureFixture[str]) -> None:

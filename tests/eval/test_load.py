@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import models.checkpoint
 from eval.load import load
-from models.checkpoint import CheckpointError
+from models.checkpoint import CheckpointError, describe_file
 from models.lm import LM
 from tests.models.griffin import griffin, write_run
 
@@ -27,6 +28,15 @@ def run(model: LM, tmp_path: Path) -> Path:
 
 def same_weights(a: LM, b: LM) -> bool:
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def rewrite(meta: Path, content: dict) -> None:
+    """Another meta.json in an intact checkpoint."""
+    meta.write_text(json.dumps(content))
+    manifest = meta.with_name("manifest.json")
+    files = json.loads(manifest.read_text())
+    files["files"]["meta.json"] = describe_file(meta)
+    manifest.write_text(json.dumps(files))
 
 
 def test_a_run_and_its_checkpoint_give_the_same_model(run: Path, model: LM) -> None:
@@ -48,6 +58,28 @@ def test_a_run_gives_its_newest_intact_checkpoint(run: Path, model: LM, tmp_path
     assert same_weights(load(run)[0], model)
 
 
+@pytest.mark.parametrize("place", ["", "checkpoints/step_00000010"])
+def test_every_file_is_hashed_once(run: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+
+    def describe(path: Path) -> dict:
+        hashed.append(path.name)
+        return describe_file(path)
+
+    monkeypatch.setattr(models.checkpoint, "describe_file", describe)
+    load(run / place)
+    files = json.loads((run / "checkpoints" / "step_00000010" / "manifest.json").read_text())["files"]
+    assert sorted(hashed) == sorted(files)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "tokenizer.model"])
+def test_a_damaged_checkpoint_is_refused(run: Path, name: str) -> None:
+    file = run / "checkpoints" / "step_00000010" / name
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointError, match="its sha256 is not the manifest's"):
+        load(file.parent)
+
+
 def test_without_an_intact_checkpoint_every_reason_is_given(run: Path) -> None:
     (run / "checkpoints" / "step_00000010" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"no intact checkpoint.*step_00000010.*no manifest\.json"):
@@ -59,11 +91,7 @@ def test_implementations_are_chosen_for_this_machine(run: Path, tmp_path: Path) 
     meta = run / "checkpoints" / "step_00000010" / "meta.json"
     content = json.loads(meta.read_text())
     content["model"]["impl"] = {"linear_scan": "triton"}
-    meta.write_text(json.dumps(content))
-    manifest = meta.with_name("manifest.json")
-    files = json.loads(manifest.read_text())
-    del files["files"]["meta.json"]
-    manifest.write_text(json.dumps(files))
+    rewrite(meta, content)
     assert load(run)[0].config.impl is None
 
 
@@ -71,7 +99,7 @@ def test_a_checkpoint_that_does_not_name_its_model(run: Path) -> None:
     meta = run / "checkpoints" / "step_00000010" / "meta.json"
     content = json.loads(meta.read_text())
     del content["model"]
-    meta.write_text(json.dumps(content))
+    rewrite(meta, content)
     with pytest.raises(CheckpointError, match="has no model entry"):
         load(meta.parent)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from data.loader import Batch
+from data.synthetic import NO_TARGET
 from eval.validate import position_buckets, validate
 
 TOKENIZER = SimpleNamespace(eos_id=2, token_bytes=np.array([0, 0, 0, 1, 4, 2]))
@@ -70,6 +71,13 @@ def test_no_target_is_an_error() -> None:
     empty = batch([[1, 2]], [[-100, -100]], [[0, 0]])
     with pytest.raises(ValueError, match="no target token"):
         validate(losses, [empty], sequence_length=2, tokenizer=None)
+
+
+def test_only_the_loaders_mark_is_no_target() -> None:
+    """A damaged label counts, and is not taken for the absence of one."""
+    marked = batch([[1, 2, 3]], [[4, NO_TARGET, -1]], [[0, 1, 2]])
+    result = validate(lambda b: torch.ones(b.labels.shape), [marked], sequence_length=3, tokenizer=None)
+    assert result.tokens == 2
 
 
 @pytest.mark.parametrize(

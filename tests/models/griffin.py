@@ -46,6 +46,15 @@ def griffin(config: ModelConfig | None = None, seed: int = 0) -> LM:
     return model
 
 
+def padded_griffin(spoken: int, padding: int) -> LM:
+    """Rows beyond the `spoken` tokens that are the likeliest everywhere: each pair holds a row and its negative."""
+    model = griffin(griffin_config(vocab_size=spoken + padding)).eval()
+    with torch.no_grad():
+        rows = 10.0 * torch.randn(padding // 2, model.config.width, generator=torch.Generator().manual_seed(0))
+        model.embed.weight[spoken:] = torch.cat([rows, -rows])
+    return model
+
+
 def write_run(directory: Path, model: LM, tokenizer: Path | None, step: int = 20) -> Path:
     """A run directory with one checkpoint of `model`, and returns the directory."""
     checkpoint = directory / "checkpoints" / checkpoint_name(step)

@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import models.hf.export
+import models.hf.verify
 from data.tokenizer import Tokenizer, train_tokenizer
 from models.hf.__main__ import main
-from models.hf.export import export
+from models.hf.export import _figures, export
 from models.lm import LM
-from tests.models.griffin import griffin, griffin_config, write_run
+from tests.models.griffin import griffin, griffin_config, padded_griffin, write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [
@@ -145,6 +147,36 @@ def test_files_and_card(exported: Path) -> None:
     assert '"float32"' in (exported / "config.json").read_text()
 
 
+def test_figures_are_those_of_the_step_whatever_else_the_metrics_hold(tmp_path: Path) -> None:
+    rows = [
+        {"step": 10, "tokens": 1000, "loss": 3.0},
+        {"step": 10, "val_loss": 4.0, "val_bits_per_byte": None},
+        {"step": 30, "tokens": 3000, "val_loss": 1.0},
+        {"event": "resumed"},
+        {"step": 20, "val_loss": 3.0},
+        {"step": 10, "tokens": 1001},
+        ["no row"],
+    ]
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, "", '{"step": 20, "tok']))
+    assert _figures(tmp_path, 20) == {"tokens": 1001, "val_loss": 3.0}
+    assert _figures(tmp_path / "absent", 20) == {}
+
+
+def test_a_padded_vocabulary_is_exported_and_not_generated(model_file: Path, tmp_path: Path) -> None:
+    """Twelve rows beyond the tokenizer are the likeliest everywhere."""
+    model = padded_griffin(500, 12)
+    export(write_run(tmp_path / "run", model, model_file), tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    ids = theirs.generate(**prompt, max_new_tokens=12, do_sample=False)
+    assert theirs(ids).logits[0, -1].argmax() >= 500
+    assert ids.max() < 500
+    assert tokenizer.decode(ids[0], skip_special_tokens=True).startswith(PROMPT)
+    assert tokenizer.decode([505]) == "", "what sampling without the generation config brings up"
+
+
 def test_a_directory_in_use_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.txt").write_text("precious")
     assert main(["export", str(run), str(tmp_path)]) == 1
@@ -171,7 +203,7 @@ def test_a_run_without_tokenizer_is_refused(model: LM, tmp_path: Path) -> None:
         export(run, tmp_path / "out")
 
 
-@pytest.mark.parametrize("fault", ["weights", "tokenizer"])
+@pytest.mark.parametrize("fault", ["weights", "tokenizer", "order of ids"])
 def test_what_does_not_agree_is_not_left_behind(
     run: Path, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
@@ -185,6 +217,17 @@ def test_what_does_not_agree_is_not_left_behind(
             return found | {name: found[name] + 0.1}
 
         monkeypatch.setattr(models.hf.export, "to_hf_weights", wrong)
+    elif fault == "order of ids":
+        honest_call = PreTrainedTokenizerFast.__call__
+
+        def reordered(self: PreTrainedTokenizerFast, text: str, **options: Any) -> Any:
+            found = honest_call(self, text, **options)
+            found["input_ids"] = found["input_ids"][::-1]
+            return found
+
+        monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", reordered)
+        monkeypatch.setattr(models.hf.verify, "PROBES", ("a level a",))
+        monkeypatch.setattr(PreTrainedTokenizerFast, "decode", lambda self, ids, **options: "a level a")
     else:
         other = tmp_path / "other.model"
         train_tokenizer([text.upper() for text in TEXTS], 500, other)

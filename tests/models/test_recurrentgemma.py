@@ -189,6 +189,8 @@ def changed(**settings: object) -> Iterable[str]:
         ({"rglru": {"width": 48}}, ["model.mixers.rglru.width"]),
         ({"local_attention": {"head_dim": 16}}, ["model.mixers.local_attention.head_dim"]),
         ({"local_attention": {"output_bias": False}}, ["model.mixers.local_attention.output_bias"]),
+        ({"local_attention": {"qk_norm": "head"}}, ["model.mixers.local_attention.qk_norm"]),
+        ({"post_norm": ("rglru",)}, ["model.post_norm"]),
         ({"logit_soft_cap": None, "tie_embeddings": False}, ["model.tie_embeddings", "model.logit_soft_cap"]),
         ({"scale_embeddings": False}, ["model.scale_embeddings"]),
         ({"norm_one_plus_weight": False}, ["model.norm_one_plus_weight"]),
