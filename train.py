@@ -13,25 +13,42 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 import torch
 
-from configs.schema import ConfigError, RunConfig, config_as_dict, dump_config, load_config, refuse_other_run
+from configs.same_run import refuse_other_model, refuse_other_run
+from configs.schema import ConfigError, RunConfig, config_as_dict, dump_config, load_config
 from data.corpus import check_data
-from data.loader import Loader, validation_batches
+from data.loader import Loader, check_batch, validation_batches
 from data.tokenizer import Tokenizer
 from eval.generate import sample_text
 from eval.validate import validate
-from models.checkpoint import CheckpointError, list_checkpoints
+from models.checkpoint import CheckpointError, read_meta, verify
 from models.lm import LM
 from parallel.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from parallel.engine import Engine, StepResult
-from parallel.grid import Grid, init_distributed
+from parallel.grid import Grid, everywhere, init_distributed
 from training.environment import describe_environment, peak_flops
 from training.log import RunLog, format_table
 from training.schedule import learning_rate
+
+T = TypeVar("T")
+
+
+class RunError(ValueError):
+    """The run cannot start or go on, for a reason that every rank knows."""
+
+
+def agreed(grid: Grid, action: Callable[[], T]) -> T:
+    """What `action`, which must not communicate, returns; RunError on every rank if it fails on any. Collective."""
+    try:
+        return everywhere(grid, action, ValueError)
+    except ValueError as error:
+        raise RunError(error) from error
 
 
 class StopSignal:
@@ -53,23 +70,29 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         run = load_config(args.config, args.overrides)
-        tokenizer_path = check_data(run.data, run.model.vocab_size, validation=run.eval.every is not None)
-    except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank reads the same and fails alike
+    except ConfigError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the ranks of a machine read the same file and fail alike
             print(f"train.py: {error}", file=sys.stderr)
         return 1
     try:
-        train(run, tokenizer_path)
-    except (ValueError, OSError, FloatingPointError) as error:
+        train(run)
+    except (RunError, CheckpointError) as error:  # raised alike on every rank
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
         print(f"train.py: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def train(run: RunConfig, tokenizer_path: Path | None) -> None:
+def train(run: RunConfig) -> None:
     stop_signal = StopSignal()
     grid = init_distributed(run.parallel.timeout_minutes)
-    checkpoint = choose_start(run, grid)
+    tokenizer_path = agreed(grid, lambda: check_run(run, grid))
+    checkpoint, progress = choose_start(run, grid, tokenizer_path)
+    first_step = progress["step"]
+    agreed(grid, lambda: make_directory(run))
     loader = Loader(
         run.data,
         split="train",
@@ -79,7 +102,8 @@ def train(run: RunConfig, tokenizer_path: Path | None) -> None:
         dp_size=grid.dp_size,
         vocab_size=run.model.vocab_size,
     )
-    model = LM(run.model, seed=run.train.seed, device_type=grid.device.type).to(grid.device)
+    with torch.device(grid.device):
+        model = LM(run.model, seed=run.train.seed, device_type=grid.device.type)
     engine = Engine(
         model,
         grid=grid,
@@ -90,15 +114,13 @@ def train(run: RunConfig, tokenizer_path: Path | None) -> None:
         micro_batch_size=run.train.micro_batch_size,
         num_microbatches=run.train.batch_size // (run.train.micro_batch_size * grid.dp_size),
     )
-    progress = {"step": 0, "consumed_samples": 0}
     if checkpoint is not None:
-        progress = load_checkpoint(engine, checkpoint)
-    first_step = progress["step"]
-
-    environment = describe_environment({"world_size": grid.world_size, "data_parallel": grid.dp_size})
-    log = open_run(run, grid, model, first_step, environment, tokenizer_path)
-    log.event(first_step, "resumed" if checkpoint else "started", f"from {checkpoint}" if checkpoint else "")
+        load_checkpoint(engine, checkpoint, verified=True)
     tokenizer = Tokenizer(tokenizer_path) if tokenizer_path is not None else None
+    topology = {"world_size": grid.world_size, "data_parallel": grid.dp_size}
+    environment = describe_environment(topology) if grid.is_lead else {}
+    log = agreed(grid, lambda: open_run(run, grid, model, first_step, environment, tokenizer_path))
+    log.event(first_step, "resumed" if checkpoint else "started", f"from {checkpoint}" if checkpoint else "")
 
     def save(step: int) -> None:
         start = time.perf_counter()
@@ -124,9 +146,9 @@ def train(run: RunConfig, tokenizer_path: Path | None) -> None:
         lr = learning_rate(
             step - 1, peak=run.optimizer.lr, total_steps=run.train.steps, schedule=run.optimizer.schedule
         )
-        result = engine.step(next(batches), lr)
+        result = engine.step(next(batches), lr, stop=stop_signal.name is not None)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            raise FloatingPointError(
+            raise RunError(
                 f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; nothing was saved after the last "
                 "checkpoint; start again with a lower optimizer.lr or a longer warm-up to continue from it"
             )
@@ -136,16 +158,13 @@ def train(run: RunConfig, tokenizer_path: Path | None) -> None:
         log.progress(result.loss, tokens_per_step / seconds)
         if step % run.log.every == 0 or last:
             utilisation = flops_per_step / seconds / (peak * grid.world_size) if peak else None
-            log.metrics(step_metrics(progress, result, lr, tokens_per_step, seconds, utilisation, grid))
-        if run.eval.every is not None and (step % run.eval.every == 0 or last):
-            look(run, grid, engine, model, tokenizer, log, step, whole=last)
-        stopping = grid.any(stop_signal.name is not None)
-        if stopping or last or step % run.checkpoint.every == 0:
+            log.metrics(step_metrics(run, progress, result, lr, tokens_per_step / seconds, seconds, utilisation, grid))
+        if result.stop or last or step % run.checkpoint.every == 0:
             save(step)
-        if stopping and not last:
-            log.event(
-                step, "interrupted", f"by {stop_signal.name or 'another rank'}; the same command continues from here"
-            )
+        if run.eval.every is not None and (step % run.eval.every == 0 or last) and not result.stop:
+            look(run, grid, engine, model, tokenizer, log, step, whole=last)
+        if result.stop and not last:
+            log.event(step, "interrupted", f"by {stop_signal.name or 'a signal'}; the same command continues from here")
             break
     else:
         log.event(run.train.steps, "finished", f"python -m eval.report {run.directory} shows the run")
@@ -154,30 +173,67 @@ def train(run: RunConfig, tokenizer_path: Path | None) -> None:
     grid.close()
 
 
-def choose_start(run: RunConfig, grid: Grid) -> Path | None:
-    """The checkpoint that the run continues from, None for a fresh start. Collective.
+def check_run(run: RunConfig, grid: Grid) -> Path | None:
+    """Refuses what cannot be trained, before anything is built; returns the tokenizer.
+
+    The lead alone reads every index from end to end: at a billion documents that is much to ask of a file system.
+    """
+    check_batch(run.train.batch_size, run.train.micro_batch_size, grid.dp_size)
+    validates = run.eval.every is not None
+    tokenizer_path = check_data(run.data, run.model.vocab_size, validation=validates, sweep=grid.is_lead)
+    if run.eval.prompts and tokenizer_path is None:
+        raise ConfigError(
+            "eval.prompts: given, but the data have no tokenizer; set data.tokenizer or clear the prompts"
+        )
+    if run.checkpoint.resume == "none" and (run.directory / "config.yaml").exists():
+        raise ConfigError(
+            f"checkpoint.resume: none, but {run.directory} holds a run; choose another name, remove the directory, or "
+            "continue with checkpoint.resume=auto"
+        )
+    refuse_other_run(run, tokenizer_path)
+    return tokenizer_path
+
+
+def make_directory(run: RunConfig) -> None:
+    try:
+        run.directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"log.directory: {run.log.directory!r}; {run.directory} cannot be made there ({error.strerror}); name a "
+            "directory that can be written to"
+        ) from error
+
+
+def choose_start(run: RunConfig, grid: Grid, tokenizer_path: Path | None) -> tuple[Path | None, dict[str, int]]:
+    """The checkpoint that the run continues from, verified, and its progress; None and step 0 for a fresh start.
+
+    Collective. A checkpoint of the run itself comes before the one that `checkpoint.resume` names, so that a run that
+    began from another's goes on from its own.
 
     Raises:
-        ValueError: the directory holds another run, or a run that must not be continued, or only broken checkpoints.
+        ValueError: all checkpoints are broken, or the one named is of another model, or the run is at its end.
     """
-    if run.checkpoint.resume not in ("auto", "none"):
-        return Path(run.checkpoint.resume)
-    refuse_other_run(run)
     checkpoints = run.directory / "checkpoints"
-    if run.checkpoint.resume == "none" and list_checkpoints(checkpoints):
-        raise ConfigError(
-            f"checkpoint.resume: none, but {run.directory} holds checkpoints; choose another name, remove the "
-            "directory, or continue with checkpoint.resume=auto"
-        )
     path, skipped = find_checkpoint(grid, checkpoints)
     if grid.is_lead:
         for reason in skipped:
             print(f"train.py: skipped {reason}", file=sys.stderr)
     if path is None and skipped:
-        raise CheckpointError(
+        raise RunError(
             f"{checkpoints}: no checkpoint is whole; restore one, or remove the directory to start from step 0"
         )
-    return path
+    if path is None and run.checkpoint.resume not in ("auto", "none"):
+        path = Path(run.checkpoint.resume)
+        agreed(grid, lambda: verify(path, part=grid.rank, parts=grid.world_size))
+    if path is None:
+        return None, {"step": 0, "consumed_samples": 0}
+    meta = agreed(grid, lambda: read_meta(path))
+    agreed(grid, lambda: refuse_other_model(run, path, meta["model"], tokenizer_path))
+    if meta["step"] > run.train.steps:
+        raise RunError(
+            f"train.steps: {run.train.steps}, but {path} is at step {meta['step']}; train longer or remove it"
+        )
+    return path, {"step": meta["step"], "consumed_samples": meta["progress"]["consumed_samples"]}
 
 
 def open_run(
@@ -189,6 +245,16 @@ def open_run(
     tokenizer_path: Path | None,
 ) -> RunLog:
     """Writes what explains the run into its directory, shows the layer table, and opens the log."""
+    if grid.is_lead:
+        write_whole(run.directory / "config.yaml", dump_config(run))
+        earlier = run.directory / "environment.json"
+        if earlier.exists():  # a resumed run may go on elsewhere
+            earlier.replace(run.directory / f"environment_until_{first_step:08d}.json")
+        write_whole(earlier, json.dumps(environment, indent=2))
+        table = model.layer_table(run.data.sequence_length)
+        write_whole(run.directory / "layers.json", json.dumps(table, indent=2))
+        if tokenizer_path is not None:
+            shutil.copyfile(tokenizer_path, run.directory / "tokenizer.model")
     log = RunLog(
         run.directory,
         active=grid.is_lead,
@@ -197,21 +263,21 @@ def open_run(
         wandb=run.log.wandb,
         config=config_as_dict(run),
     )
-    if not grid.is_lead:
-        return log
-    (run.directory / "config.yaml").write_text(dump_config(run), encoding="utf-8")
-    (run.directory / "environment.json").write_text(json.dumps(environment, indent=2), encoding="utf-8")
-    if tokenizer_path is not None:
-        shutil.copyfile(tokenizer_path, run.directory / "tokenizer.model")
-    table = model.layer_table(run.data.sequence_length)
-    (run.directory / "layers.json").write_text(json.dumps(table, indent=2), encoding="utf-8")
-    log.say(format_table(table))
-    log.say(
-        f"{model.num_params():,} parameters, {model.flops_per_token(run.data.sequence_length):,} forward FLOPs "
-        f"a token, {grid.world_size} ranks on {environment['device']}, {run.train.precision}, "
-        f"ZeRO {run.parallel.zero_stage}"
-    )
+    if grid.is_lead:
+        log.say(format_table(table))
+        log.say(
+            f"{model.num_params():,} parameters, {model.flops_per_token(run.data.sequence_length):,} forward FLOPs "
+            f"a token, {grid.world_size} ranks on {environment['device']}, {run.train.precision}, "
+            f"ZeRO {run.parallel.zero_stage}"
+        )
     return log
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file in one step: whoever is killed meanwhile leaves the earlier one."""
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
 
 
 def look(
@@ -259,10 +325,11 @@ def look(
 
 
 def step_metrics(
+    run: RunConfig,
     progress: dict[str, int],
     result: StepResult,
     lr: float,
-    tokens_per_step: int,
+    tokens_per_second: float,
     seconds: float,
     utilisation: float | None,
     grid: Grid,
@@ -271,12 +338,12 @@ def step_metrics(
     return {
         "step": progress["step"],
         "consumed_samples": progress["consumed_samples"],
-        "tokens": progress["step"] * tokens_per_step,
+        "tokens": progress["consumed_samples"] * run.data.sequence_length,
         "loss": result.loss,
         "z_loss": result.z_loss,
         "grad_norm": result.grad_norm,
         "lr": lr,
-        "tokens_per_second": tokens_per_step / seconds,
+        "tokens_per_second": tokens_per_second,
         "step_time": seconds,
         "memory_gb": peak_memory_gb(grid.device),
         "mfu": utilisation,

@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -43,7 +43,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
-        if not self.name or Path(self.name).name != self.name:
+        if not self.name or Path(self.name).name != self.name or self.name == "..":
             raise ValueError(f"name: {self.name!r}; must be a single directory name")
         warmup, decay = self.optimizer.schedule.warmup_steps, self.optimizer.schedule.decay_steps or 0
         if warmup + decay > self.train.steps:
@@ -66,7 +66,7 @@ class RunConfig:
         return Path(self.log.directory) / self.name
 
 
-RunConfig.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # type: ignore[attr-defined]
+RunConfig.__pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # type: ignore[attr-defined]
 _RUN: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
 
 
@@ -84,7 +84,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ) from None
     values = _parse_yaml(text, str(path))
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds {_shown(values)}; a run is a mapping with model, data, train, optimizer")
+        raise ConfigError(f"{path}: holds {shown(values)}; a run is a mapping with model, data, train, optimizer")
     for override in overrides:
         _apply(values, override)
     return parse_config(values)
@@ -114,31 +114,10 @@ def config_as_dict(config: RunConfig) -> dict[str, Any]:
     return json.loads(_RUN.dump_json(config))
 
 
-def refuse_other_run(config: RunConfig) -> None:
-    """Raises ConfigError if the run directory of `config` holds a run with another model or other data."""
-    path = config.directory / "config.yaml"
-    if not path.exists():
-        if config.directory.exists() and any(config.directory.iterdir()):
-            raise ConfigError(
-                f"{config.directory}: holds files but no config.yaml, so it is no run; choose another name"
-            )
-        return
-    here, there = config_as_dict(config), config_as_dict(load_config(path))
-    ours, theirs = ((c["model"], c["data"] | {"prefetch": 0}, c["train"]["seed"]) for c in (here, there))
-    for room, mine, other in zip(("model", "data", "train.seed"), ours, theirs, strict=True):
-        for key, value, held in _differences(room, mine, other):
-            raise ConfigError(
-                f"{key}: {_shown(value)}, but {config.directory} holds a run with {_shown(held)}; choose another name, "
-                "remove that directory, or set the value back to continue that run"
-            )
-
-
-def _differences(key: str, mine: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(mine, dict) and isinstance(other, dict):
-        for inner in mine.keys() | other.keys():
-            yield from _differences(f"{key}.{inner}", mine.get(inner), other.get(inner))
-    elif mine != other:
-        yield key, mine, other
+def shown(value: Any, limit: int = 60) -> str:
+    """A value as an error message quotes it."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def _parse_yaml(text: str, where: str) -> Any:
@@ -177,7 +156,7 @@ def _expand_layers(layers: dict[str, Any]) -> Any:
     pattern, repeat = layers.get("pattern"), layers.get("repeat")
     if set(layers) != {"pattern", "repeat"} or not isinstance(pattern, list) or not isinstance(repeat, int):
         raise ConfigError(
-            f"model.layers: {_shown(layers)}; either a list of mixers, or {{pattern: [mixer, ...], repeat: number}}"
+            f"model.layers: {shown(layers)}; either a list of mixers, or {{pattern: [mixer, ...], repeat: number}}"
         )
     return pattern * repeat
 
@@ -190,13 +169,13 @@ def _explain(error: Any) -> str:
         known = _keys_at(location[:-1])
         close = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
-        return f"{key}: {_shown(value)}; there is no such key; {hint}"
+        return f"{key}: {shown(value)}; there is no such key; {hint}"
     if kind == "missing":
         return f"{key}: missing; it has no default, so the YAML must set it"
     if kind == "value_error":
         return f"{key}.{error['ctx']['error']}" if key else str(error["ctx"]["error"])
     requirement = error["msg"].removeprefix("Input should be ")
-    return f"{key}: {_shown(value)}; must be {requirement}; correct it in the YAML or pass {key}=..."
+    return f"{key}: {shown(value)}; must be {requirement}; correct it in the YAML or pass {key}=..."
 
 
 def _keys_at(location: Sequence[str | int]) -> list[str]:
@@ -208,8 +187,3 @@ def _keys_at(location: Sequence[str | int]) -> list[str]:
         candidates = [cls, *get_args(cls)]
         cls = next((c for c in candidates if dataclasses.is_dataclass(c)), cls)
     return [f.name for f in dataclasses.fields(cls)]
-
-
-def _shown(value: Any, limit: int = 60) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= limit else text[: limit - 3] + "..."

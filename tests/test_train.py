@@ -191,31 +191,32 @@ def test_a_signal_saves_and_the_same_command_goes_on(corpus: Path, tmp_path: Pat
     ("overrides", "message"),
     [
         (["train.stepz=3"], "train.stepz: 3; there is no such key; did you mean steps?"),
-        (["model.vocab_size=401"], "vocab"),
-        (["data.sequence_length=1000000"], "sequence_length"),
-        (["data.corpora=[{path: nowhere}]"], "nowhere"),
-        (["train.batch_size=7"], "train.batch_size: 7; must be a multiple"),
-        (["train.precision=fp16"], "train.precision"),
+        (["train.precision=fp16"], "train.precision: \"fp16\"; must be 'fp32' or 'bf16'"),
+        (["model.vocab_size=401"], "model.vocab_size: value 401"),
+        (["train.batch_size=6", "train.micro_batch_size=2"], "train.batch_size: value 6; must be a multiple of"),
     ],
 )
 def test_bad_input_is_one_line_and_builds_nothing(
-    corpus: Path, tmp_path: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture
+    corpus: Path, tmp_path: Path, overrides: list[str], message: str
 ) -> None:
-    import train
-
-    assert train.main(command(corpus, tmp_path / "runs", *overrides)[2:]) == 1
-    error = capsys.readouterr().err
-    assert message in error
-    assert len(error.splitlines()) == 1
+    """Also on two ranks, and with nothing else on stderr than what torchrun says of the failure."""
+    ranks = 2 if "train.batch_size=6" in overrides else None
+    done = run(command(corpus, tmp_path / "runs", *overrides, ranks=ranks))
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert len(lines) == (1 if ranks is None else 2), "one, and one more for torchrun's restart"
+    assert lines[0].startswith(f"train.py: {message}")
+    if ranks is None:
+        assert done.stderr.splitlines() == lines
+        assert not done.stdout
     assert not (tmp_path / "runs").exists()
 
 
 def test_checkpoints_of_another_model_and_broken_ones_are_refused(finished: Path, corpus: Path, tmp_path: Path) -> None:
-    other = run(
-        command(corpus, tmp_path / "a", "model.mlp.width=32", f"checkpoint.resume={finished}/checkpoints/latest")
-    )
+    resume = f"checkpoint.resume={finished}/checkpoints/latest"
+    other = run(command(corpus, tmp_path / "a", "model.mixers.local_attention.window=8", resume))
     assert other.returncode == 1
-    assert "blocks.0.mlp.up.weight [64, 32] instead of [32, 32]" in other.stderr
+    assert "model.mixers.local_attention.window: 8, but" in other.stderr
     assert "Traceback" not in other.stderr
     assert not (tmp_path / "a").exists()
 
@@ -230,6 +231,26 @@ def test_checkpoints_of_another_model_and_broken_ones_are_refused(finished: Path
     assert "no checkpoint is whole; restore one, or remove the directory" in broken.stderr
     assert (copy / "metrics.jsonl").read_bytes() == before
 
-    refused = run(command(corpus, finished.parent, "checkpoint.resume=none"))
-    assert refused.returncode == 1
-    assert "choose another name, remove the directory, or continue with checkpoint.resume=auto" in refused.stderr
+    for override, message in [
+        (
+            "checkpoint.resume=none",
+            "choose another name, remove the directory, or continue with checkpoint.resume=auto",
+        ),
+        ("train.steps=8", "train.steps: 8, but"),
+    ]:
+        refused = run(command(corpus, finished.parent, override, "optimizer.schedule.warmup_steps=0"))
+        assert refused.returncode == 1
+        assert message in refused.stderr
+
+
+def test_a_run_begun_from_another_checkpoint_goes_on_from_its_own(finished: Path, corpus: Path, tmp_path: Path) -> None:
+    """`checkpoint.resume=PATH` starts an empty run, and destroys nothing when the command is given again."""
+    first = finished / "checkpoints" / "step_00000005"
+    arguments = command(corpus, tmp_path, "name=branch", f"checkpoint.resume={first}")
+    begun = run([*arguments, "train.steps=7"])
+    assert begun.returncode == 0, begun.stderr
+    again = run([*arguments, "train.steps=8"])
+    assert again.returncode == 0, again.stderr
+    resumed = [row for row in metrics(tmp_path / "branch") if row.get("event") == "resumed"]
+    assert [row["step"] for row in resumed] == [5, 7]
+    assert curve(tmp_path / "branch")[6][0] == pytest.approx(curve(finished)[6][0], rel=1e-6)

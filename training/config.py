@@ -93,7 +93,7 @@ class CheckpointConfig:
         keep_last: newest checkpoints kept.
         keep_every: checkpoints at multiples of this step are kept for good.
         resume: `auto` continues from the newest good checkpoint of the run directory, `none` refuses a directory that
-            holds a run, anything else is the checkpoint to continue from.
+            holds a run, anything else is a checkpoint from which a run without one of its own starts.
     """
 
     every: int = 1000
@@ -124,6 +124,8 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "every")
+        if not self.directory:
+            raise ValueError("directory: ''; must name a directory, `.` for this one")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ def describe_environment(topology: dict[str, Any]) -> dict[str, Any]:
     return {
         "git_revision": _git(root, "rev-parse", "HEAD"),
         "git_diff": _git(root, "diff", "HEAD"),
+        "git_untracked": (_git(root, "ls-files", "--others", "--exclude-standard") or "").splitlines(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},

@@ -2,6 +2,7 @@
 
 import json
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ class RunLog:
     """Writes `metrics.jsonl` and `log.txt` below `directory` and shows progress; does nothing where `active` is false.
 
     Args:
-        directory: the run directory; created.
+        directory: the run directory.
         active: true on the one rank that writes.
         total_steps, first_step: for the progress bar.
         wandb: settings of Weights & Biases; None leaves it out, and then it is not imported.
@@ -35,7 +36,6 @@ class RunLog:
         self._wandb: Any = None
         if not active:
             return
-        directory.mkdir(parents=True, exist_ok=True)
         metrics = directory / "metrics.jsonl"
         torn = metrics.exists() and metrics.read_bytes()[-1:] not in (b"", b"\n")  # the writer was killed in a line
         self._metrics = open(metrics, "a", encoding="utf-8")  # noqa: SIM115
@@ -44,18 +44,7 @@ class RunLog:
         self._text = open(directory / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, desc=directory.name)
         if wandb is not None and wandb.mode != "disabled":
-            import wandb as wandb_module
-
-            self._wandb = wandb_module.init(
-                project=wandb.project,
-                entity=wandb.entity,
-                mode=wandb.mode,
-                name=directory.name,
-                id=directory.name,
-                resume="allow" if wandb.mode == "online" else None,
-                dir=str(directory),
-                config=config,
-            )
+            self._wandb = _start_wandb(wandb, directory, config)
 
     def say(self, text: str) -> None:
         """A line, or several, for the reader: terminal and `log.txt`."""
@@ -71,8 +60,7 @@ class RunLog:
             self._metrics.write(json.dumps(values) + "\n")
             self._metrics.flush()
             if self._wandb is not None:
-                numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
-                self._wandb.log(numbers, step=values["step"])
+                self._wandb.log({key: value for key, value in values.items() if isinstance(value, int | float)})
 
     def event(self, step: int, event: str, detail: str = "") -> None:
         """Something that happened to the run, in `metrics.jsonl` and for the reader."""
@@ -92,6 +80,37 @@ class RunLog:
             self._text.close()
             if self._wandb is not None:
                 self._wandb.finish()
+
+
+def _start_wandb(settings: WandbConfig, directory: Path, config: dict[str, Any] | None) -> Any:
+    """The run at Weights & Biases; one that is resumed goes on there under the id kept in the run directory.
+
+    Raises:
+        ValueError: it cannot be reached, or wants a key.
+    """
+    import wandb
+
+    kept = directory / "wandb_id"
+    if not kept.exists():
+        kept.write_text(uuid.uuid4().hex, encoding="utf-8")
+    try:
+        run = wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            mode=settings.mode,
+            name=directory.name,
+            id=kept.read_text(encoding="utf-8"),
+            resume="allow" if settings.mode == "online" else None,
+            dir=str(directory),
+            config=config,
+        )
+    except wandb.Error as error:
+        raise ValueError(
+            f"log.wandb: {settings.mode} run of project {settings.project!r} cannot start ({error}); log in with "
+            "`wandb login`, or set log.wandb.mode to offline"
+        ) from error
+    run.define_metric("*", step_metric="step")  # steps come twice after a resume, which wandb's own counter forbids
+    return run
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:

@@ -9,8 +9,13 @@ from training.config import WandbConfig
 from training.log import RunLog, format_table
 
 
+def run_directory(tmp_path: Path) -> Path:
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
 def test_metrics_events_and_text_are_on_disk_at_once(tmp_path: Path) -> None:
-    log = RunLog(tmp_path / "run", active=True, total_steps=3)
+    log = RunLog(run_directory(tmp_path), active=True, total_steps=3)
     log.metrics({"step": 1, "loss": 2.5})
     log.progress(2.5, 100.0)
     log.event(1, "saved", "somewhere")
@@ -44,7 +49,7 @@ def test_an_inactive_rank_writes_nothing(tmp_path: Path) -> None:
 def test_wandb_without_a_network(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     log = RunLog(
-        tmp_path / "run",
+        run_directory(tmp_path),
         active=True,
         total_steps=1,
         wandb=WandbConfig(project="p", mode=mode),
@@ -53,6 +58,17 @@ def test_wandb_without_a_network(tmp_path: Path, mode: str, monkeypatch: pytest.
     log.metrics({"step": 1, "loss": 2.5, "event": "text is left out"})
     log.close()
     assert len(list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))) == (mode == "offline")
+
+
+def test_wandb_that_cannot_start_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    def refuse(**settings: object) -> None:
+        raise wandb.errors.UsageError("no API key")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ValueError, match=r"log\.wandb: online run of project 'p' cannot start \(no API key\); log in"):
+        RunLog(run_directory(tmp_path), active=True, total_steps=1, wandb=WandbConfig(project="p"))
 
 
 def test_table_is_aligned() -> None:
