@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any
 
-Precision = Literal["fp32", "bf16"]
+from training.config import Precision
 
 DEEPSPEED_KEYS = frozenset(
     {

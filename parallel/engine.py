@@ -16,10 +16,10 @@ from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from torch import Tensor, nn
 
 from models.lm import LM
-from parallel.config import ParallelConfig, Precision, deepspeed_config
+from parallel.config import ParallelConfig, deepspeed_config
 from parallel.grid import Grid
 from parallel.state import TrainingState
-from training.config import OptimizerConfig
+from training.config import OptimizerConfig, Precision
 from training.optimizer import parameter_groups
 
 NO_TARGET = -100

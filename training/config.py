@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+Precision = Literal["fp32", "bf16"]
+
 
 def _at_least(config: object, minimum: int, *keys: str) -> None:
     for key in keys:
@@ -26,7 +28,7 @@ class TrainConfig:
     steps: int
     batch_size: int
     micro_batch_size: int
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Precision = "bf16"
     z_loss: float = 1e-4
     seed: int = 0
 
