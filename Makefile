@@ -1,5 +1,7 @@
 # make demo    the whole main job on the Python standard library's source, report at the end
 # make test    the tests, under 15 minutes on two cores
+# make check   formatter, linter, types, imports
+# make bench   each recurrence against its time loop
 #
 # PIP_ARGS reaches every pip call. Without a GPU, torch's CPU build saves gigabytes:
 #   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -13,7 +15,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 CONSTRAINTS = -c $$($(PY) -c 'import torch; print("constraints.txt" if torch.version.cuda else "constraints-cpu.txt")')
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-all check format clean
+.PHONY: help setup demo test test-all check bench format clean
 .DEFAULT_GOAL := help
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -44,6 +46,9 @@ check: setup
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(PY) -m pytest -q tests/test_imports.py
+
+bench: setup
+	$(PY) -m benchmarks.ops
 
 format: setup
 	$(PY) -m ruff format .

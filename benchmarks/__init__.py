@@ -1,0 +1,1 @@
+"""Side-by-side measurements; results/ keeps them with device, versions and date."""
