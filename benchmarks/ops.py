@@ -24,7 +24,7 @@ TOLERANCE = 1e-4
 
 
 def cases() -> dict[str, tuple[Callable[..., Any], list[Tensor]]]:
-    """name -> (op, inputs), at the shapes that docs/design.md's prototypes were measured at."""
+    """name -> (op, inputs)."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
