@@ -6,7 +6,7 @@ from typing import Any
 
 from models.mixers import MIXERS, MixerConfigs
 from models.mlp import MLPConfig
-from ops import resolve_impl
+from ops import check_impl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class ModelConfig:
             raise ValueError(f"norm_eps: {self.norm_eps}; must be positive")
         for op, choice in (self.impl or {}).items():
             try:
-                resolve_impl(op, choice, "cpu")
+                check_impl(op, choice)
             except ValueError as error:
                 raise ValueError(f"impl.{op}: {choice!r}; {error}") from None
         for kind in dict.fromkeys(self.layers):

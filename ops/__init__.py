@@ -14,12 +14,14 @@ that attention keeps. A state and its gradient pass in both directions. `layout`
 one every row is an unbroken sequence that continues from `initial_state`.
 """
 
+from ops.affine import Affine
 from ops.attention import attention
 from ops.causal_conv1d import causal_conv1d
+from ops.check import checked_values
 from ops.diagonal_lstm import diagonal_lstm
 from ops.gated_delta_rule import gated_delta_rule
 from ops.gated_linear_attention import gated_linear_attention
-from ops.impl import resolve_impl
+from ops.impl import check_impl, resolve_impl
 from ops.layout import Layout
 from ops.linear_cross_entropy import linear_cross_entropy
 from ops.linear_scan import linear_scan
@@ -28,9 +30,12 @@ from ops.rms_norm import rms_norm
 from ops.rotary import rotary
 
 __all__ = [
+    "Affine",
     "Layout",
     "attention",
     "causal_conv1d",
+    "check_impl",
+    "checked_values",
     "diagonal_lstm",
     "gated_delta_rule",
     "gated_linear_attention",

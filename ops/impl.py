@@ -1,6 +1,8 @@
-"""Which implementations of an op exist, and which one a name stands for."""
+"""Which implementations of an op exist, which can run here, and which one `auto` stands for."""
 
-# Best first: "auto" takes the first.
+import os
+from importlib.util import find_spec
+
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "attention": ("chunked", "reference"),
     "causal_conv1d": ("chunked", "reference"),
@@ -14,20 +16,63 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "rotary": ("reference",),
 }
 
+# What `auto` takes, from measurements in benchmarks/results. Only a measured device has a column, and others take that
+# of the CPU: kernels that nobody has timed are asked for by name.
+AUTO: dict[str, dict[str, str]] = {
+    "cpu": {
+        "attention": "chunked",
+        "causal_conv1d": "chunked",
+        "diagonal_lstm": "chunked",
+        "gated_delta_rule": "chunked",
+        "gated_linear_attention": "chunked",
+        "linear_cross_entropy": "chunked",
+        "linear_scan": "chunked",
+        "local_attention": "chunked",
+        "rms_norm": "reference",
+        "rotary": "reference",
+    },
+}
+
+# Implementation -> the package it needs. They run on a GPU only, triton's also under its interpreter.
+GPU_ONLY = {"triton": "triton", "fla": "fla", "flash_attn": "flash_attn", "flex": "torch"}
+
 
 def resolve_impl(op: str, impl: str, device_type: str) -> str:
     """The implementation that `impl` ("auto" or a name) stands for on a device such as "cpu" or "cuda".
 
     Raises ValueError, naming what can run, for an unknown op or an implementation that cannot run on the device.
     """
-    if op not in IMPLEMENTATIONS:
-        raise ValueError(f"op: {op!r} is not known; choose one of {', '.join(IMPLEMENTATIONS)}")
-    available = IMPLEMENTATIONS[op]
+    check_impl(op, impl)
     if impl == "auto":
-        return available[0]
-    if impl not in available:
+        return AUTO.get(device_type, AUTO["cpu"])[op]
+    reason = _obstacle(impl, device_type)
+    if reason:
+        able = [name for name in IMPLEMENTATIONS[op] if not _obstacle(name, device_type)]
         raise ValueError(
-            f"impl: {op} has no implementation {impl!r} for device {device_type!r}; "
-            f"choose one of {', '.join(('auto', *available))}"
+            f"impl: {op}'s {impl!r} cannot run on device {device_type!r}: {reason}; choose one of "
+            f"{', '.join(('auto', *able))}"
         )
     return impl
+
+
+def check_impl(op: str, impl: str) -> None:
+    """Raise ValueError unless `impl` is "auto" or an implementation that op has, whatever it needs to run."""
+    if op not in IMPLEMENTATIONS:
+        raise ValueError(f"op: {op!r} is not known; choose one of {', '.join(IMPLEMENTATIONS)}")
+    if impl != "auto" and impl not in IMPLEMENTATIONS[op]:
+        raise ValueError(
+            f"impl: {op} has no implementation {impl!r}; choose one of {', '.join(('auto', *IMPLEMENTATIONS[op]))}"
+        )
+
+
+def _obstacle(impl: str, device_type: str) -> str | None:
+    package = GPU_ONLY.get(impl)
+    if package is None:
+        return None
+    if find_spec(package) is None:
+        return f"it needs the package {package}, which is not installed"
+    if device_type == "cuda":
+        return None
+    if impl == "triton":
+        return None if os.environ.get("TRITON_INTERPRET") == "1" else "it needs a GPU, or TRITON_INTERPRET=1 for a test"
+    return "it needs a GPU"

@@ -15,7 +15,8 @@ class Layout:
 
     Build one per microbatch and hand it to every layer: masks are derived once, not once a layer.
     Raises ValueError for a wrong shape or dtype and, on CPU tensors only (reading values would synchronise an
-    accelerator), for positions that are negative or neither rise by one nor restart at 0 inside a row.
+    accelerator; under `ops.checked_values` ops do it all the same), for positions that are negative or neither rise by
+    one nor restart at 0 inside a row.
     """
 
     def __init__(self, positions: Tensor) -> None:
@@ -24,7 +25,7 @@ class Layout:
                 f"positions: {positions.dtype} {list(positions.shape)}; must be int64 [B, T] with B, T >= 1"
             )
         if positions.device.type == "cpu":
-            _check_values(positions)
+            check_positions(positions)
         self.positions = positions
         self._derived: dict[tuple[Any, ...], Any] = {}
 
@@ -45,7 +46,8 @@ def _starts(positions: Tensor) -> Tensor:
     return positions == 0
 
 
-def _check_values(positions: Tensor) -> None:
+def check_positions(positions: Tensor) -> None:
+    """Raise ValueError unless positions [B, T] are >= 0 and rise by one or restart at 0 inside each row."""
     if positions.min() < 0:
         raise ValueError(f"positions: {int(positions.min())} is negative; must be the index of a token in its document")
     before, after = positions[:, :-1], positions[:, 1:]

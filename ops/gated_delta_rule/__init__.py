@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ops.check import check_dim, check_floating, check_layout, check_shape
+from ops.check import check_dim, check_floating, check_layout, check_log_decay, check_shape, check_strength
 from ops.gated_delta_rule import chunked, reference
 from ops.impl import resolve_impl
 from ops.layout import Layout
@@ -53,6 +53,8 @@ def gated_delta_rule(
     check_layout("gated_delta_rule", layout, batch, time)
     if value_heads % heads:
         raise ValueError(f"gated_delta_rule: v has HV = {value_heads} heads; must be a multiple of q's H = {heads}")
+    check_log_decay("gated_delta_rule", log_decay)
+    check_strength("gated_delta_rule", k, beta)
     if scale is None:
         scale = key_dim**-0.5
     module = {"chunked": chunked, "reference": reference}[resolve_impl("gated_delta_rule", impl, q.device.type)]

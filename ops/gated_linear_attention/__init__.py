@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ops.check import check_dim, check_floating, check_layout, check_shape
+from ops.check import check_dim, check_floating, check_layout, check_log_decay, check_shape
 from ops.gated_linear_attention import chunked, reference
 from ops.impl import resolve_impl
 from ops.layout import Layout
@@ -45,6 +45,7 @@ def gated_linear_attention(
     check_shape(op, "initial_state", initial_state, "B H K V", batch, heads, keys, values)
     check_floating(op, q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
     check_layout(op, layout, batch, time)
+    check_log_decay(op, log_decay)
     scale = keys**-0.5 if scale is None else scale
     module = {"chunked": chunked, "reference": reference}[resolve_impl(op, impl, q.device.type)]
     o, state = module.gated_linear_attention(q, k, v, log_decay, scale, layout, initial_state)

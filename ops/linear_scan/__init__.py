@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ops.check import check_dim, check_floating, check_layout, check_shape
+from ops.check import check_dim, check_floating, check_layout, check_log_decay, check_shape
 from ops.impl import resolve_impl
 from ops.layout import Layout
 from ops.linear_scan import chunked, reference
@@ -35,6 +35,7 @@ def linear_scan(
     check_shape("linear_scan", "initial_state", initial_state, "B D", batch, width)
     check_floating("linear_scan", x=x, log_decay=log_decay, initial_state=initial_state)
     check_layout("linear_scan", layout, batch, time)
+    check_log_decay("linear_scan", log_decay)
     module = {"chunked": chunked, "reference": reference}[resolve_impl("linear_scan", impl, x.device.type)]
     y, state = module.linear_scan(x, log_decay, layout, initial_state)
     return y, state if output_final_state else None

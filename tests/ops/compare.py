@@ -9,14 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ops import Layout
+from ops.impl import IMPLEMENTATIONS, resolve_impl
 
 Inputs = dict[str, Tensor]
 # Sizes around tiles, chunks and blocks: 1, the smallest, one less and one more than a power of two, primes.
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 100, 257, 1025)
+# Triton kernels are interpreted here unless there is a GPU, where the same tests run them compiled.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Below one unit in the last place of fp32, two right implementations cannot be told apart.
 FP32_UNIT = 1.2e-7
+# What rounding a result to bf16 alone errs.
+BF16_UNIT = 2.3e-3
 
 
 def evaluate(op: Callable[..., Any], inputs: Inputs, *, seed: int = 0, **options: Any) -> Inputs:
@@ -37,6 +43,17 @@ def evaluate(op: Callable[..., Any], inputs: Inputs, *, seed: int = 0, **options
     return {name: tensor.detach() for name, tensor in results.items()}
 
 
+def runnable(op: str) -> list[str]:
+    """The implementations of an op that can run here, besides the reference."""
+    names = []
+    for name in IMPLEMENTATIONS[op]:
+        try:
+            names.append(resolve_impl(op, name, DEVICE))
+        except ValueError:
+            continue
+    return [name for name in names if name != "reference"]
+
+
 def error(actual: Tensor, expected: Tensor) -> float:
     """Root mean square of the difference relative to that of the expected tensor (or absolute where that is zero)."""
     actual, expected = actual.detach(), expected.detach()
@@ -51,16 +68,46 @@ def assert_equal(actual: Inputs, expected: Inputs, tolerance: float) -> None:
     assert all(value <= tolerance for value in errors.values()), errors
 
 
-def assert_earned(op: Callable[..., Any], inputs: Inputs, *, factor: float = 2.0, **options: Any) -> None:
-    """Against the float64 reference, the fp32 chunked op errs at most `factor` times as much as the fp32 reference."""
+def assert_earned(
+    op: Callable[..., Any], inputs: Inputs, *, factor: float = 2.0, impl: str = "chunked", **options: Any
+) -> None:
+    """Against the float64 reference, `impl` in fp32 errs at most `factor` times as much as the fp32 reference."""
     inputs = {name: tensor.float() for name, tensor in inputs.items()}
     exact = evaluate(op, {name: tensor.double() for name, tensor in inputs.items()}, impl="reference", **options)
     yardstick = evaluate(op, inputs, impl="reference", **options)
-    chunked = evaluate(op, inputs, impl="chunked", **options)
+    found = evaluate(op, inputs, impl=impl, **options)
     for name, expected in exact.items():
         allowed = min(1e-4, max(FP32_UNIT, factor * error(yardstick[name], expected)))
-        measured = error(chunked[name], expected)
+        measured = error(found[name], expected)
         assert measured <= allowed, f"{name}: error {measured:.1e}, earned {allowed:.1e}"
+
+
+def assert_earned_bf16(
+    op: Callable[..., Any], inputs: Inputs, *, factor: float = 2.0, impl: str = "triton", **options: Any
+) -> None:
+    """Of bf16 inputs, and against the float64 reference on the same numbers, `impl` errs at most `factor` times as much
+    as the chunked form whose products are bf16, and no more than one rounding to bf16 is always allowed."""
+    inputs = {name: z if name.startswith(("log_", "initial_", "beta")) else z.bfloat16() for name, z in inputs.items()}
+    exact = evaluate(op, {name: z.double() for name, z in inputs.items()}, impl="reference", **options)
+    with BF16Products():
+        yardstick = evaluate(op, inputs, impl="chunked", **options)
+    found = evaluate(op, inputs, impl=impl, **options)
+    for name, expected in exact.items():
+        allowed = max(BF16_UNIT, factor * error(yardstick[name], expected))
+        measured = error(found[name], expected)
+        assert measured <= allowed, f"{name}: error {measured:.1e}, earned {allowed:.1e}"
+
+
+class BF16Products(TorchDispatchMode):
+    """While active, every matrix product rounds its operands to bf16 and sums in fp32, as tensor cores do."""
+
+    PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name().split(".")[0].rstrip("_") in self.PRODUCTS:
+            *rest, a, b = args
+            args = (*rest, *(z.bfloat16().to(z.dtype) for z in (a, b)))
+        return func(*args, **(kwargs or {}))
 
 
 def packed_positions(time: int, *, first: int = 0, cuts: Sequence[int] = (1, 2, 16, 32, 33, 64, 96, 250)) -> Tensor:
