@@ -26,8 +26,10 @@ BF16_UNIT = 2.3e-3
 
 
 def evaluate(op: Callable[..., Any], inputs: Inputs, *, seed: int = 0, **options: Any) -> Inputs:
-    """Outputs, final states and the gradients of a random loss on all of them, by name."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    """Outputs, final states and the gradients of a random loss on all of them, by name; computed on DEVICE."""
+    leaves = {name: tensor.detach().to(DEVICE).requires_grad_() for name, tensor in inputs.items()}
+    if options.get("layout") is not None:
+        options["layout"] = Layout(options["layout"].positions.to(DEVICE))
     output, state = op(**leaves, **options)
     results = {"output": output}
     for i, tensor in enumerate(state if isinstance(state, tuple) else (state,)):
@@ -35,12 +37,12 @@ def evaluate(op: Callable[..., Any], inputs: Inputs, *, seed: int = 0, **options
             results[f"state {i}"] = tensor
     generator = torch.Generator().manual_seed(seed)
     loss = sum(
-        (tensor * torch.randn(tensor.shape, generator=generator, dtype=torch.float64)).sum()
+        (tensor * torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(DEVICE)).sum()
         for tensor in results.values()
     )
     gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
     results |= {f"d {name}": gradient for name, gradient in zip(leaves, gradients)}
-    return {name: tensor.detach() for name, tensor in results.items()}
+    return {name: tensor.detach().cpu() for name, tensor in results.items()}
 
 
 def runnable(op: str) -> list[str]:
