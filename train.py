@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TypeVar
@@ -29,6 +30,7 @@ from eval.generate import sample_text
 from eval.validate import validate
 from models.checkpoint import CheckpointError, read_meta, verify
 from models.lm import LM
+from ops import checked_values
 from parallel.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from parallel.engine import Engine, StepResult
 from parallel.grid import Grid, everywhere, init_distributed
@@ -75,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"train.py: {error}", file=sys.stderr)
         return 1
     try:
-        train(run)
+        with checked_values() if run.train.check_values else nullcontext():
+            train(run)
     except (RunError, CheckpointError) as error:  # raised alike on every rank
         if os.environ.get("RANK", "0") == "0":
             print(f"train.py: {error}", file=sys.stderr)

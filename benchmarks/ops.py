@@ -1,103 +1,114 @@
-"""Times every recurrence's parallel form against its time loop: `python -m benchmarks.ops [--output FILE]`.
+"""Times every op against its peers and its floor: `python -m benchmarks.ops [--output NAME] [--only linear_scan]`.
 
-Forward and backward, alternating, so that whatever else the machine does falls on both; the report is the median over
-rounds of the ratio of one round. An op is timed only after its outputs and gradients agree with the loop's.
+On a CPU the torch forms on one thread, fp32, against time loops and transformers; on a GPU the Triton kernels, bf16,
+against flash-linear-attention and torch. Contenders run in alternation, so that whatever else the machine does falls on
+all of them; a ratio is the median over rounds of ours to the peer's. Nothing is timed before its output and gradients
+agree, at this very shape, with the time loop (on a GPU with the torch form in fp32); a peer that disagrees is named.
+
+The floor is what the op's unavoidable work (benchmarks/work.py) takes at the rates measured in this run: copied bytes,
+one large matrix product, exp in cache.
+
+    python -m benchmarks.ops --output benchmarks/results/ops_cpu
+    python -m benchmarks.ops --device cuda --rehearse      the GPU's cases on a CPU, tiny, kernels interpreted
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
-import statistics
-import time
-from collections.abc import Callable
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from ops import diagonal_lstm, gated_delta_rule, gated_linear_attention, linear_scan
 from training.environment import describe_environment
 
-TOLERANCE = 1e-4
-"""Relative RMS between the two forms in fp32, outputs and gradients."""
+if TYPE_CHECKING:
+    from benchmarks.measure import Machine, Row
 
 
-def cases() -> dict[str, tuple[Callable[..., Any], list[Tensor]]]:
-    """name -> (op, inputs)."""
-    generator = torch.Generator().manual_seed(0)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="whose cases (default: cuda where there is a GPU)")
+    parser.add_argument("--only", nargs="*", default=[], help="cases whose name contains one of these")
+    parser.add_argument("--rounds", type=int, help="rounds of each case (default: 5 on a CPU, 30 on a GPU)")
+    parser.add_argument("--output", type=Path, help="where to write NAME.json and NAME.png")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes: shows that all cases run, not how fast")
+    args = parser.parse_args(argv)
+    kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda" and not torch.cuda.is_available():
+        if not args.rehearse:
+            parser.error("--device cuda: there is no GPU here; --rehearse runs its cases tiny on the CPU")
+        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, at the first call
+    report(kind, args.only, args.rounds or (5 if kind == "cpu" else 30), args.rehearse, args.output)
 
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
 
-    def decay(*shape: int) -> Tensor:
-        return -torch.rand(*shape, generator=generator).mul(0.2)
+def report(kind: str, only: Sequence[str], rounds: int, small: bool, output: Path | None) -> None:
+    from benchmarks import cases_cpu, cases_cuda
+    from benchmarks.measure import measure, measure_machine
 
-    def keys(*shape: int) -> Tensor:
-        return torch.nn.functional.normalize(randn(*shape), dim=-1)
+    device = torch.device(kind if torch.cuda.is_available() else "cpu")
+    if kind == "cpu":
+        torch.set_num_threads(1)
+    machine = measure_machine(device, small=small)
+    print(
+        f"copy {machine.copy / 1e9:.1f} GB/s, {machine.dtype} products {machine.flops / 1e12:.3f} TFLOP/s, "
+        f"exp {machine.transcendentals / 1e9:.2f} G/s"
+    )
+    cases = cases_cpu.cases(small) if kind == "cpu" else cases_cuda.cases(device, small)
+    rows = []
+    for case in cases:
+        if only and not any(part in case.name for part in only):
+            continue
+        rows.append(measure(case, machine, device, rounds))
+        print(describe(rows[-1]), flush=True)
+    if output is not None:
+        output.with_suffix(".json").write_text(json.dumps(record(rows, machine), indent=1) + "\n", encoding="utf-8")
+        plot(rows, output.with_suffix(".png"))
 
-    head = (2, 2048, 4, 64)
+
+def describe(row: "Row") -> str:
+    lines = [f"{row.case}: {row.ours} agrees to {row.error[row.ours]:.0e}"]
+    for what, ms, ratios, floor in (
+        ("forward", row.forward_ms, row.forward_ratio, row.forward_floor_ms),
+        ("forward + backward", row.both_ms, row.both_ratio, row.both_floor_ms),
+    ):
+        ours = ms[row.ours]
+        peers = "".join(f"; {name} {ms[name]:.3f} ms, ours/theirs {ratio:.3f}" for name, ratio in ratios.items())
+        lines.append(f"  {what:18s} {ours:9.3f} ms, {ours / floor:4.1f} times the floor of {floor:.3f} ms{peers}")
+    lines.extend(f"  {name} disagrees and is not timed: {what}" for name, what in row.wrong.items())
+    return "\n".join(lines)
+
+
+def record(rows: list["Row"], machine: "Machine") -> dict[str, Any]:
+    environment = describe_environment({"world_size": 1})
+    kept = {key: environment[key] for key in ("python", "platform", "packages", "device", "cuda", "git_revision")}
+    date = datetime.date.today().isoformat()
     return {
-        "linear_scan B4 T2048 D512": (linear_scan, [randn(4, 2048, 512), decay(4, 2048, 512)]),
-        "gated_linear_attention B2 T2048 H4 K64 V64": (
-            gated_linear_attention,
-            [randn(*head), randn(*head), randn(*head), decay(*head)],
-        ),
-        "gated_delta_rule B2 T2048 H4 K64 V64": (
-            gated_delta_rule,
-            [randn(*head), keys(*head), randn(*head), decay(*head[:3]), torch.rand(head[:3], generator=generator)],
-        ),
-        "diagonal_lstm B4 T2048 D256": (
-            diagonal_lstm,
-            [randn(4, 2048, 3, 256), 0.3 * randn(3, 256), 0.3 * randn(2, 256)],
-        ),
+        "date": date,
+        **kept,
+        "machine": dataclasses.asdict(machine),
+        "results": [dataclasses.asdict(row) for row in rows],
     }
 
 
-def run(op: Callable[..., Any], inputs: list[Tensor], impl: str) -> tuple[float, list[Tensor]]:
-    """Seconds of a forward and backward pass, and the output with all gradients."""
-    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-    start = time.perf_counter()
-    y, _ = op(*leaves, impl=impl)
-    y.square().mean().backward()
-    if y.is_cuda:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    return seconds, [y.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+def plot(rows: list["Row"], path: Path) -> None:
+    """Forward + backward of every contender as multiples of the floor."""
+    from matplotlib.figure import Figure
 
-
-def disagreement(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    return max(((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in zip(ours, theirs, strict=True))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of each comparison (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="where to write the results as JSON")
-    args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows: list[dict[str, Any]] = []
-    for name, (op, tensors) in cases().items():
-        inputs = [tensor.to(device) for tensor in tensors]
-        error = disagreement(run(op, inputs, "chunked")[1], run(op, inputs, "reference")[1])
-        if error > TOLERANCE:
-            raise SystemExit(f"{name}: chunked and reference differ by {error:.1e}; a wrong op is not timed")
-        pairs = [(run(op, inputs, "chunked")[0], run(op, inputs, "reference")[0]) for _ in range(args.rounds)]
-        rows.append(
-            {
-                "case": name,
-                "chunked_ms": 1e3 * statistics.median(ours for ours, _ in pairs),
-                "reference_ms": 1e3 * statistics.median(theirs for _, theirs in pairs),
-                "ratio": statistics.median(ours / theirs for ours, theirs in pairs),
-                "disagreement": error,
-            }
-        )
-        print("{case:45s} {chunked_ms:9.1f} ms  loop {reference_ms:9.1f} ms  ratio {ratio:.3f}".format(**rows[-1]))
-    if args.output is not None:
-        environment = describe_environment({"world_size": 1})
-        kept = {key: environment[key] for key in ("python", "platform", "packages", "device", "cuda", "git_revision")}
-        date = datetime.date.today().isoformat()
-        args.output.write_text(json.dumps({"date": date, **kept, "results": rows}, indent=1) + "\n", encoding="utf-8")
+    bars = [(row, name, ms / row.both_floor_ms) for row in reversed(rows) for name, ms in reversed(row.both_ms.items())]
+    figure = Figure(figsize=(9, 1 + 0.28 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    colours = ["tab:blue" if name == row.ours else "lightgrey" for row, name, _ in bars]
+    drawn = axes.barh([f"{row.case}  {name}" for row, name, _ in bars], [value for *_, value in bars], color=colours)
+    axes.bar_label(drawn, fmt="%.1f", padding=3, fontsize=8)
+    axes.set_xscale("log")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("time / floor, forward + backward (1 = as fast as this machine can)")
+    axes.tick_params(axis="y", labelsize=8)
+    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import pytest
 import torch
 
 import data.prepare
+import ops
+import train
 from models.checkpoint import list_checkpoints, read_meta, read_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -254,3 +256,15 @@ def test_a_run_begun_from_another_checkpoint_goes_on_from_its_own(finished: Path
     resumed = [row for row in metrics(tmp_path / "branch") if row.get("event") == "resumed"]
     assert [row["step"] for row in resumed] == [5, 7]
     assert curve(tmp_path / "branch")[6][0] == pytest.approx(curve(finished)[6][0], rel=1e-6)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_values_are_checked_on_request(
+    checked: bool, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A decay above 1, where a run would otherwise go on until its loss is no number."""
+    x = torch.ones(1, 2, 3)
+    monkeypatch.setattr(train, "train", lambda run: ops.linear_scan(x, x))
+    arguments = command(corpus, tmp_path, f"train.check_values={str(checked).lower()}")
+    assert train.main(arguments[2:]) == checked
+    assert ("log_decay has a value of 1.0; must be <= 0" in capsys.readouterr().err) == checked

@@ -23,6 +23,8 @@ class TrainConfig:
         precision: `fp32`, or `bf16`: fp32 parameters and reductions, bf16 matrix products.
         z_loss: weight of the mean squared log normaliser (Chowdhery et al., 2022, section 5); logged apart.
         seed: of the initial weights.
+        check_values: ops refuse log decays above 0, too long keys and positions that skip, on the device;
+            for looking into a run that diverges, as every check makes the host wait.
     """
 
     steps: int
@@ -31,6 +33,7 @@ class TrainConfig:
     precision: Precision = "bf16"
     z_loss: float = 1e-4
     seed: int = 0
+    check_values: bool = False
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "batch_size", "micro_batch_size")
