@@ -115,7 +115,7 @@ class WithoutFla:
 
 def transformers_delta_rule() -> Contender:
     """The torch chunk form of transformers' OlmoHybrid."""
-    sys.meta_path.insert(0, WithoutFla())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, WithoutFla())
     try:
         from transformers.models.olmo_hybrid.modeling_olmo_hybrid import torch_chunk_gated_delta_rule as theirs
     finally:

@@ -1,10 +1,7 @@
-"""On a GPU, bf16: our Triton kernels against flash-linear-attention's, torch's own and sequential fused kernels.
-
-Shapes: docs/performance.md. With `small` the same calls on a few tokens, for a rehearsal on a CPU: our kernels run
-interpreted, and other projects' kernels, which no CPU runs, are left out.
-"""
+"""On a GPU, bf16: our Triton kernels against flash-linear-attention's, torch's own and sequential fused kernels."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -36,21 +33,43 @@ def form(op: Callable[..., Any], impl: str, **options: Any) -> Contender:
     return lambda **tensors: op(**tensors, **options, impl=impl)[0]
 
 
-def cases(device: torch.device, small: bool) -> list[Case]:
+@dataclass(frozen=True)
+class Shapes:
+    """Rows, tokens a row, and widths of what is measured; `peers` are other projects' kernels, which no CPU runs."""
+
+    batch: int
+    time: int
+    channels: tuple[int, ...]
+    heads: int
+    head_dim: int
+    cells: tuple[int, ...]
+    width: int
+    loss: tuple[int, int, int]
+    peers: bool
+
+
+FULL = Shapes(8, 4096, (2560, 4096), 16, 128, (256, 2048), 4096, (8192, 4096, 128256), True)
+"""32,768 tokens: the shapes of docs/performance.md."""
+
+FEW_TOKENS = Shapes(1, 130, (2560,), 2, 128, (256,), 4096, (64, 4096, 32000), False)
+"""The same widths, for compiling without a GPU."""
+
+REHEARSAL = Shapes(1, 70, (64,), 2, 16, (32,), 64, (40, 32, 50), False)
+"""For a CPU, where our kernels run interpreted."""
+
+
+def cases(device: torch.device, shapes: Shapes) -> list[Case]:
     draw = Inputs(device, torch.bfloat16)
-    batch, time = (1, 70) if small else (8, 4096)
-    widths = (64,) if small else (2560, 4096)
-    heads, width = (2, 16) if small else (16, 128)
-    peers = not small
+    batch, time, heads, keys, peers = shapes.batch, shapes.time, shapes.heads, shapes.head_dim, shapes.peers
     return [
-        *(scan(draw, batch, time, channels, peers) for channels in widths),
-        linear_attention(draw, batch, time, heads, width, peers),
-        *(delta_rule(draw, batch, time, heads, width, values, peers) for values in (width, 2 * width)),
-        *(lstm(device, batch, time, channels) for channels in ((32,) if small else (256, 2048))),
-        gru(device, batch, time, 32 if small else 2048),
-        convolution(draw, batch, time, 64 if small else 4096, peers),
-        norm(draw, batch * time, 64 if small else 4096, peers),
-        cross_entropy(draw, *((40, 32, 50) if small else (8192, 4096, 128256)), peers),
+        *(scan(draw, batch, time, channels, peers) for channels in shapes.channels),
+        linear_attention(draw, batch, time, heads, keys, peers),
+        *(delta_rule(draw, batch, time, heads, keys, values, peers) for values in (keys, 2 * keys)),
+        *(lstm(device, batch, time, channels) for channels in shapes.cells),
+        gru(device, batch, time, shapes.cells[-1]),
+        convolution(draw, batch, time, shapes.width, peers),
+        norm(draw, batch * time, shapes.width, peers),
+        cross_entropy(draw, *shapes.loss, peers),
     ]
 
 
