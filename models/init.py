@@ -1,12 +1,12 @@
 """Initial weights as a pure function of (seed, parameter name), so that every topology starts from the same model.
 
-A module states one `Initializer` per parameter it owns in `initializers()`; `initialize` runs them. A rule sees the
-whole tensor, so a rank that holds a slice fills the whole one and cuts.
+A module states one `Initializer` per parameter it owns in `initializers()`; `initial_values` runs them. A rule sees the
+whole tensor, so a rank that holds a part draws the whole one and cuts.
 """
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +40,18 @@ def parameter_generator(seed: int, name: str) -> torch.Generator:
 
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int) -> None:
-    """Fills every parameter of `model`; drawn in fp32 on the CPU, so equal on every device.
+    """Fills every parameter of `model` with its `initial_values`."""
+    for name, values in initial_values(model, seed):
+        model.get_parameter(name).copy_(values)
+
+
+def initial_values(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Name and initial value of every parameter, tied ones once; drawn in fp32 on the CPU, so equal on every device.
+
+    Of the model's parameters only names and shapes count: they may lie on the meta device.
 
     Raises:
-        TypeError: a module owns a parameter without a rule, or has a rule without a parameter.
+        TypeError: a module owns a parameter without a rule.
     """
     done: set[int] = set()
     for module_name, module in model.named_modules():
@@ -56,8 +64,8 @@ def initialize(model: nn.Module, seed: int) -> None:
         for name, rule in rules.items():
             values = torch.empty(own[name].shape, dtype=torch.float32, device="cpu")
             rule(values, parameter_generator(seed, f"{module_name}.{name}"))
-            own[name].copy_(values)
             done.add(id(own[name]))
+            yield f"{module_name}.{name}", values
 
 
 class Linear(nn.Linear):

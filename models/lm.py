@@ -97,6 +97,10 @@ class LM(nn.Module):
         self.shared = nn.ModuleDict(dict(_shared_modules(config)))
         self.blocks = nn.ModuleList(self._build_blocks(device_type))
         self.head = Head(config, self.embed if config.tie_embeddings else None, device_type=device_type)
+        norm_impl = resolve_impl("rms_norm", (config.impl or {}).get("rms_norm", "auto"), device_type)
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.impl = norm_impl
         self.reset_parameters(seed)
 
     def _build_blocks(self, device_type: str) -> Iterator[Block]:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.init import Linear
+from models.sharding import Cut, Sharding, cut_outputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,10 @@ class MLP(nn.Module):
         gate = self.gate(x)
         gate = F.silu(gate) if self.config.activation == "silu" else F.gelu(gate, approximate="tanh")
         return self.down(gate * self.up(x))
+
+    def sharding(self) -> Sharding:
+        cuts = cut_outputs(self, ("gate", "up"), self.gate.out_features)
+        return Sharding(cuts=cuts | {"down.weight": Cut(1, (self.down.in_features,))}, rows=("down",))
 
     def flops_per_token(self) -> int:
         """Forward FLOPs of one token, two per multiply-add."""

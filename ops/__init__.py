@@ -18,13 +18,14 @@ from ops.affine import Affine
 from ops.attention import attention
 from ops.causal_conv1d import causal_conv1d
 from ops.check import checked_values
-from ops.diagonal_lstm import diagonal_lstm
-from ops.gated_delta_rule import gated_delta_rule
-from ops.gated_linear_attention import gated_linear_attention
+from ops.diagonal_gru import diagonal_gru, diagonal_gru_summary
+from ops.diagonal_lstm import diagonal_lstm, diagonal_lstm_summary
+from ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_summary
+from ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_summary
 from ops.impl import check_impl, resolve_impl
 from ops.layout import Layout
 from ops.linear_cross_entropy import linear_cross_entropy
-from ops.linear_scan import linear_scan
+from ops.linear_scan import linear_scan, linear_scan_summary
 from ops.local_attention import local_attention
 from ops.rms_norm import rms_norm
 from ops.rotary import rotary
@@ -36,11 +37,17 @@ __all__ = [
     "causal_conv1d",
     "check_impl",
     "checked_values",
+    "diagonal_gru",
+    "diagonal_gru_summary",
     "diagonal_lstm",
+    "diagonal_lstm_summary",
     "gated_delta_rule",
+    "gated_delta_rule_summary",
     "gated_linear_attention",
+    "gated_linear_attention_summary",
     "linear_cross_entropy",
     "linear_scan",
+    "linear_scan_summary",
     "local_attention",
     "resolve_impl",
     "rms_norm",

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ops.precision import without_autocast
+
 
 class Affine(NamedTuple):
     """state -> transition * state + offset.
@@ -17,8 +19,8 @@ class Affine(NamedTuple):
         [B, n, n, D]            on states [B, n, D]: an n x n matrix for each channel (the Jacobian of a diagonal
                                 nonlinear cell, around the state it was taken at)
 
-    Differentiable. Slices in the order of time compose with `then`; the cost and the memory do not depend on their
-    length, which is what sequence parallelism rests on.
+    Differentiable, and in the precision of the state under autocast, too. Slices in the order of time compose with
+    `then`; the cost and the memory do not depend on their length, which is what sequence parallelism rests on.
     """
 
     transition: Tensor
@@ -26,11 +28,13 @@ class Affine(NamedTuple):
 
     def __call__(self, state: Tensor) -> Tensor:
         """The state after the slice."""
-        return _act(self.transition, state) + self.offset
+        with without_autocast(state):
+            return _act(self.transition, state) + self.offset
 
     def then(self, later: "Affine") -> "Affine":
         """This slice followed by `later`, as one."""
-        return Affine(_compose(later.transition, self.transition, self.offset), later(self.offset))
+        with without_autocast(self.offset):
+            return Affine(_compose(later.transition, self.transition, self.offset), later(self.offset))
 
 
 def _act(transition: Tensor, state: Tensor) -> Tensor:

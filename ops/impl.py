@@ -4,16 +4,17 @@ import os
 from importlib.util import find_spec
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "attention": ("chunked", "reference"),
-    "causal_conv1d": ("chunked", "reference"),
-    "diagonal_lstm": ("chunked", "reference"),
-    "gated_delta_rule": ("chunked", "reference"),
-    "gated_linear_attention": ("chunked", "reference"),
-    "linear_cross_entropy": ("chunked", "reference"),
-    "linear_scan": ("chunked", "reference"),
-    "local_attention": ("chunked", "reference"),
-    "rms_norm": ("reference",),
-    "rotary": ("reference",),
+    "attention": ("chunked", "reference", "flex", "flash_attn"),
+    "causal_conv1d": ("chunked", "reference", "triton", "fla"),
+    "diagonal_gru": ("chunked", "reference", "triton"),
+    "diagonal_lstm": ("chunked", "reference", "triton"),
+    "gated_delta_rule": ("chunked", "reference", "triton", "fla"),
+    "gated_linear_attention": ("chunked", "reference", "triton", "fla"),
+    "linear_cross_entropy": ("chunked", "reference", "triton"),
+    "linear_scan": ("chunked", "reference", "triton", "fla"),
+    "local_attention": ("chunked", "reference", "flex", "flash_attn"),
+    "rms_norm": ("chunked", "reference", "triton", "fla"),
+    "rotary": ("reference", "triton"),
 }
 
 # What `auto` takes, from measurements in benchmarks/results. Only a measured device has a column, and others take that
@@ -22,19 +23,21 @@ AUTO: dict[str, dict[str, str]] = {
     "cpu": {
         "attention": "chunked",
         "causal_conv1d": "chunked",
+        "diagonal_gru": "chunked",
         "diagonal_lstm": "chunked",
         "gated_delta_rule": "chunked",
         "gated_linear_attention": "chunked",
         "linear_cross_entropy": "chunked",
         "linear_scan": "chunked",
         "local_attention": "chunked",
-        "rms_norm": "reference",
+        "rms_norm": "chunked",
         "rotary": "reference",
     },
 }
 
 # Implementation -> the package it needs. They run on a GPU only, triton's also under its interpreter.
 GPU_ONLY = {"triton": "triton", "fla": "fla", "flash_attn": "flash_attn", "flex": "torch"}
+INSTALLED = frozenset(package for package in GPU_ONLY.values() if find_spec(package) is not None)
 
 
 def resolve_impl(op: str, impl: str, device_type: str) -> str:
@@ -69,7 +72,7 @@ def _obstacle(impl: str, device_type: str) -> str | None:
     package = GPU_ONLY.get(impl)
     if package is None:
         return None
-    if find_spec(package) is None:
+    if package not in INSTALLED:
         return f"it needs the package {package}, which is not installed"
     if device_type == "cuda":
         return None

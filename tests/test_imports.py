@@ -20,9 +20,14 @@ MAY_IMPORT = {
     "configs": {"configs", "models", "data", "training", "parallel", "pydantic", "ruamel"},
     "eval": {"eval", "models", "data", "configs", "ops", "matplotlib", "jinja2", "psutil"},
     "train.py": {*ROOMS},
-    "benchmarks": {*ROOMS, "benchmarks"},
+    "benchmarks": {*ROOMS, "benchmarks", "transformers", "triton"},
 }
-LAZILY = {"ops": {"fla", "flash_attn"}, "training": {"wandb"}, "eval": {"lm_eval"}}
+LAZILY = {
+    "ops": {"fla", "flash_attn"},
+    "training": {"wandb"},
+    "eval": {"lm_eval"},
+    "benchmarks": {"fla", "causal_conv1d", "liger_kernel", "matplotlib"},
+}
 
 
 def sources() -> list[Path]:

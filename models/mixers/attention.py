@@ -1,6 +1,7 @@
 """Softmax attention, over the whole document or a sliding window, with grouped keys and rotary angles."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from models.init import Linear
 from models.mixers.placement import OpCore, Placement
 from models.norm import RMSNorm
+from models.sharding import Cut, Sharding, cut_outputs
 from ops import Layout, attention, local_attention, rotary
 
 KVState = tuple[Tensor, Tensor]
@@ -40,11 +42,14 @@ class AttentionConfig:
     qk_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.kv_heads < 1 or self.heads < 1 or self.heads % self.kv_heads:
-            raise ValueError(f"heads: {self.heads}; must be a positive multiple of kv_heads ({self.kv_heads})")
-        if self.head_dim < 1 or self.rotary_theta <= 0:
-            key = "head_dim" if self.head_dim < 1 else "rotary_theta"
-            raise ValueError(f"{key}: {getattr(self, key)}; must be positive")
+        for key in ("kv_heads", "head_dim", "rotary_theta", "qk_norm_eps"):
+            if getattr(self, key) <= 0:
+                raise ValueError(f"{key}: {getattr(self, key)}; must be positive")
+        if self.heads < 1 or self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads: {self.heads}; must be a positive multiple of kv_heads ({self.kv_heads}): "
+                f"choose e.g. {max(1, round(self.heads / self.kv_heads)) * self.kv_heads}"
+            )
         if not 0.0 <= self.rotary_fraction <= 1.0 or self.rotary_dim % 2:
             raise ValueError(
                 f"rotary_fraction: {self.rotary_fraction}; must lie in 0 to 1 and leave an even number of the "
@@ -91,6 +96,7 @@ class Attention(nn.Module):
         if config.qk_norm != "none":
             sizes = (queries, keys) if config.qk_norm == "full" else (config.head_dim, config.head_dim)
             self.q_norm, self.k_norm = (RMSNorm(size, eps=config.qk_norm_eps, one_plus_weight=False) for size in sizes)
+        self.rotary_impl = placement.choice(rotary)
         self.core = self._core(placement)
         self.o_proj = Linear(queries, placement.width, bias=config.output_bias, variance_scale=placement.output_scale)
 
@@ -110,9 +116,10 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.rotary_dim:
             positions = self._angles(x, layout, state)
-            q, k = (
-                rotary(t, positions, theta=self.config.rotary_theta, rotary_dim=self.config.rotary_dim) for t in (q, k)
+            turn = partial(
+                rotary, theta=self.config.rotary_theta, rotary_dim=self.config.rotary_dim, impl=self.rotary_impl
             )
+            q, k = turn(q, positions), turn(k, positions)
         # [B, T, H, K], [B, T, G, K]
         known = state if state is not None and state[0].shape[1] else None
         o, new_state = self.core(q, k, v, layout=layout, initial_state=known, output_final_state=state is not None)
@@ -124,6 +131,17 @@ class Attention(nn.Module):
         if state is not None and state[0].shape[1]:
             raise ValueError("layout: None; attention that continues from a state needs the positions of its tokens")
         return torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+
+    def sharding(self) -> Sharding:
+        heads, groups, norm = self.config.heads, self.config.kv_heads, self.config.qk_norm
+        cuts = cut_outputs(self, ("q_proj",), heads) | {"o_proj.weight": Cut(1, (heads,))}
+        cuts |= cut_outputs(self, ("k_proj", "v_proj"), groups, repeats=norm != "full")
+        norms = ("q_norm", "k_norm")
+        if norm == "full":  # a key head on several ranks would count several times in the norm over all of them
+            cuts |= cut_outputs(self, ("q_norm",), heads) | cut_outputs(self, ("k_norm",), groups)
+            return Sharding(cuts=cuts, rows=("o_proj",), spanning=norms)
+        partial = tuple(f"{name}.weight" for name in norms) if norm == "head" else ()
+        return Sharding(cuts=cuts, rows=("o_proj",), partial=partial)
 
     def init_state(self, batch_size: int, device: torch.device | str) -> KVState:
         """No keys yet: the cache takes the dtype of the first keys that enter it."""

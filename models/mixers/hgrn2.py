@@ -15,6 +15,7 @@ from models.init import Initializer, Linear, constant
 from models.mixers.conv import ShortConv
 from models.mixers.placement import Placement
 from models.norm import RMSNorm
+from models.sharding import Cut, Sharding, cut_outputs
 from ops import Layout, gated_linear_attention
 
 State = tuple[Tensor, ...]
@@ -48,6 +49,8 @@ class HGRN2Config:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"{key}: {value}; must be at least 1")
+        if self.norm_eps <= 0:
+            raise ValueError(f"norm_eps: {self.norm_eps}; must be positive")
         if self.conv_bias and self.conv_width is None:
             raise ValueError("conv_bias: true without a convolution; set conv_width, for example 4")
 
@@ -78,12 +81,16 @@ class LowerBounds(nn.Module):
     They start evenly spaced: layer i of n has i / n.
     """
 
-    def __init__(self, count: int, channels: int) -> None:
+    def __init__(self, count: int, channels: int, heads: int) -> None:
         super().__init__()
+        self.heads = heads
         self.lower_bounds = nn.Parameter(torch.empty(count, channels))
 
     def initializers(self) -> dict[str, Initializer]:
         return {"lower_bounds": constant(0.0)}
+
+    def sharding(self) -> Sharding:
+        return Sharding(cuts={"lower_bounds": Cut(1, (self.heads,))})
 
     def forward(self, index: int) -> tuple[Tensor, Tensor]:
         """log(bound) and log(1 - bound) of layer `index` >= 1, at least fp32 `[H * K]` each.
@@ -129,7 +136,7 @@ class HGRN2(nn.Module):
     def shared_module(cls, config: HGRN2Config, width: int, count: int) -> LowerBounds | None:
         """The bounds of `count` layers; None where none is bounded."""
         channels = config.num_shared_params(width, count) // count
-        return LowerBounds(count, channels) if channels else None
+        return LowerBounds(count, channels, config.head_shape(width)[0]) if channels else None
 
     @property
     def convs(self) -> tuple[ShortConv, ...]:
@@ -166,6 +173,12 @@ class HGRN2(nn.Module):
         log_bound, log_rest = self._bounds[0](self.index)
         log_decay = torch.logaddexp(log_bound, log_rest + F.logsigmoid(f))
         return log_rest.exp() * torch.sigmoid(-f), log_decay.clamp(max=0.0)  # rounding may leave it above
+
+    def sharding(self) -> Sharding:
+        heads = self.norm.weight.numel() // self.values
+        parts = ("q_proj", "f_proj", "i_proj", "q_conv", "f_conv", "i_conv", "norm")
+        own = {"o_proj.weight": Cut(1, (heads,))}
+        return Sharding(cuts=cut_outputs(self, parts, heads) | own, rows=("o_proj",), spanning=("norm",))
 
     def init_state(self, batch_size: int, device: torch.device | str) -> State:
         heads = self.q_proj.out_features // self.keys

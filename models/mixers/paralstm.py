@@ -15,7 +15,9 @@ from models.init import Initializer, Linear, constant
 from models.mixers.conv import ShortConv
 from models.mixers.placement import Placement
 from models.norm import RMSNorm
+from models.sharding import Cut, Sharding, cut_outputs
 from ops import Layout, diagonal_lstm
+from ops.diagonal_lstm import Statistics
 
 CELL_PRODUCTS = 8
 """Multiplications a channel and token in the recurrence: 3 recurrent, 2 peephole, 2 of the cell, 1 of the output."""
@@ -52,18 +54,29 @@ class ParaLSTMConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.width < 1 or self.width % self.heads:
-            heads = max(1, self.heads)
+        for key in ("heads", "conv_width"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}: {getattr(self, key)}; must be at least 1")
+        if self.width < 1 or self.width % self.heads:
             raise ValueError(
                 f"width: {self.width}; must be a positive multiple of heads ({self.heads}): "
-                f"choose e.g. width {max(1, round(self.width / heads)) * heads}"
+                f"choose e.g. width {max(1, round(self.width / self.heads)) * self.heads}"
             )
-        if self.conv_width < 1:
-            raise ValueError(f"conv_width: {self.conv_width}; at least 1 tap is needed")
+        if self.norm_eps <= 0:
+            raise ValueError(f"norm_eps: {self.norm_eps}; must be positive")
         if self.weight_limit is not None and self.weight_limit <= 0:
             raise ValueError(f"weight_limit: {self.weight_limit}; must be positive, or null for none")
 
+    def check_width(self, width: int) -> None:
+        """Raises ValueError where the R channels cannot stand in a model of `width`."""
+        if not self.input_projection and self.width != width:
+            raise ValueError(
+                f"width: {self.width}; must be the model's width ({width}) where input_projection is false: "
+                f"set it to {width}, or input_projection to true"
+            )
+
     def num_params(self, width: int) -> int:
+        self.check_width(width)
         projections = (1 + self.input_projection + self.output_gate) * width * self.width
         inputs = 3 * self.width * self.width // self.heads + 3 * self.width
         cell = (3 + 2) * self.width
@@ -128,11 +141,7 @@ class ParaLSTM(nn.Module):
     def __init__(self, config: ParaLSTMConfig, placement: Placement) -> None:
         super().__init__()
         width, channels = placement.width, config.width
-        if not config.input_projection and channels != width:
-            raise ValueError(
-                f"width: {channels}; must be the model's width ({width}) where input_projection is false: "
-                f"set it to {width}, or input_projection to true"
-            )
+        config.check_width(width)
         self.config = config
         self.x_proj = Linear(width, channels, bias=False) if config.input_projection else None
         self.gate_proj = Linear(width, channels, bias=False) if config.output_gate else None
@@ -140,7 +149,8 @@ class ParaLSTM(nn.Module):
         self.input_matrix = InputMatrix(config)
         self.recurrent = nn.Parameter(torch.empty(3, channels))
         self.peephole = nn.Parameter(torch.empty(2, channels))
-        self.core = placement.core(diagonal_lstm)
+        self.statistics = Statistics()
+        self.core = placement.core(diagonal_lstm, statistics=self.statistics)
         self.norm = RMSNorm(channels, eps=config.norm_eps, one_plus_weight=False)
         self.out_proj = Linear(channels, width, bias=False, variance_scale=placement.output_scale)
         self.residual_scale = nn.Parameter(torch.empty(1)) if config.residual_scale else None
@@ -168,6 +178,21 @@ class ParaLSTM(nn.Module):
         if self.residual_scale is not None:
             y = y * self.residual_scale.to(y.dtype)
         return y, None if state is None else (conv_state, cell_state)
+
+    def sharding(self) -> Sharding:
+        heads = self.config.heads
+        cuts = cut_outputs(self, ("x_proj", "gate_proj", "conv", "norm"), heads)
+        cuts |= {"input_matrix.weight": Cut(0, (heads,)), "out_proj.weight": Cut(1, (heads,))}
+        cuts |= dict.fromkeys(("input_matrix.bias", "recurrent", "peephole"), Cut(1, (heads,)))
+        obstacle = None
+        if self.x_proj is None:
+            obstacle = "input_projection is false, so that no map hands each rank its channels; set it to true"
+        return Sharding(cuts=cuts, rows=("out_proj",), spanning=("norm",), obstacle=obstacle)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """How the last call's recurrence was solved: figures of `ops.diagonal_lstm.Statistics`, on its device."""
+        figures = self.statistics.figures()
+        return {name: figures[name] for name in ("corrections", "residual", "sequential_channels") if name in figures}
 
     def bounded(self, weight: Tensor) -> Tensor:
         """The weight that the recurrence sees."""

@@ -31,8 +31,11 @@ class Placement:
 
     def core(self, op: Callable[..., Any], **settings: Any) -> "OpCore":
         """`op` with its implementation resolved; `settings` are its arguments that never change."""
-        name = op.__name__
-        return OpCore(op, resolve_impl(name, self.impl.get(name, "auto"), self.device_type), settings)
+        return OpCore(op, self.choice(op), settings)
+
+    def choice(self, op: Callable[..., Any]) -> str:
+        """The implementation of `op` here."""
+        return resolve_impl(op.__name__, self.impl.get(op.__name__, "auto"), self.device_type)
 
 
 class OpCore(nn.Module):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from models.init import Initializer, Linear, constant, normal
 from models.mixers.conv import ShortConv
 from models.mixers.placement import Placement
+from models.sharding import Cut, Sharding, cut_outputs
 from ops import Layout, linear_scan
 
 DECAY_SHARPNESS = 8.0
@@ -40,13 +41,14 @@ class RGLRUConfig:
     decay_init: Literal["recurrentgemma", "paper"] = "recurrentgemma"
 
     def __post_init__(self) -> None:
-        if self.gate_blocks < 1 or self.width < 1 or self.width % self.gate_blocks:
+        for key in ("gate_blocks", "conv_width"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}: {getattr(self, key)}; must be at least 1")
+        if self.width < 1 or self.width % self.gate_blocks:
             raise ValueError(
                 f"width: {self.width}; must be a positive multiple of gate_blocks ({self.gate_blocks}): "
-                f"choose e.g. width {max(1, round(self.width / max(1, self.gate_blocks))) * max(1, self.gate_blocks)}"
+                f"choose e.g. width {max(1, round(self.width / self.gate_blocks)) * self.gate_blocks}"
             )
-        if self.conv_width < 1:
-            raise ValueError(f"conv_width: {self.conv_width}; at least 1 tap is needed")
 
     def num_params(self, width: int) -> int:
         projections = 3 * width * self.width + 2 * self.width + width
@@ -137,6 +139,12 @@ class RGLRU(nn.Module):
         if layout is not None:
             scale = scale.masked_fill(layout.starts.unsqueeze(-1), 1.0)
         return torch.sigmoid(self.input_gate(h).to(precise)) * h.to(precise) * scale, log_decay
+
+    def sharding(self) -> Sharding:
+        blocks = self.config.gate_blocks
+        parts = ("x_proj", "gate_proj", "conv", "input_gate", "recurrence_gate")
+        own = {"decay_param": Cut(0, (blocks,)), "out_proj.weight": Cut(1, (blocks,))}
+        return Sharding(cuts=cut_outputs(self, parts, blocks) | own, rows=("out_proj",))
 
     def init_state(self, batch_size: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         state = torch.zeros(batch_size, self.decay_param.shape[0], dtype=torch.float32, device=device)

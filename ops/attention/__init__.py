@@ -1,5 +1,8 @@
 """Causal softmax attention over documents, with grouped keys and values."""
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
 from ops.attention import chunked, reference
@@ -29,10 +32,24 @@ def attention(
 
     Returns o [B, T, H, K] and, if `output_final_state`, the keys and values [B, S+T, G, K], else None, all in the dtype
     of q, k, v.
+    On a GPU "flex" and "flash_attn" skip what is not visible, and hold no mask of T x (S+T).
     Raises ValueError for wrong shapes or dtypes and for an implementation that cannot run here.
     """
     check_inputs("attention", q, k, v, layout, initial_state)
-    module = {"chunked": chunked, "reference": reference}[resolve_impl("attention", impl, q.device.type)]
+    attend = implementation(resolve_impl("attention", impl, q.device.type))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    o, state = module.attention(q, k, v, scale, layout, initial_state)
+    o, state = attend(q, k, v, scale, layout, initial_state)
     return o, state if output_final_state else None
+
+
+def implementation(impl: str) -> Callable[..., Any]:
+    """The function (q, k, v, scale, layout, state) -> (o, state) that `impl` names; all but "chunked" take a window."""
+    if impl == "flex":
+        from ops.attention import flex
+
+        return flex.attention
+    if impl == "flash_attn":
+        from ops.attention import flash_attn
+
+        return flash_attn.attention
+    return {"chunked": chunked.attention, "reference": reference.attention}[impl]

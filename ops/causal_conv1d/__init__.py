@@ -1,5 +1,7 @@
 """The short depthwise convolution over time that recurrent blocks put before their recurrence."""
 
+from typing import Any
+
 from torch import Tensor
 
 from ops.causal_conv1d import chunked, reference
@@ -43,6 +45,11 @@ def causal_conv1d(
     check_layout("causal_conv1d", layout, batch, time)
     if activation not in (None, "silu"):
         raise ValueError(f"causal_conv1d: activation is {activation!r}; must be None or 'silu'")
-    module = {"chunked": chunked, "reference": reference}[resolve_impl("causal_conv1d", impl, x.device.type)]
+    chosen = resolve_impl("causal_conv1d", impl, x.device.type)
+    module: Any = {"chunked": chunked, "reference": reference}.get(chosen)
+    if chosen == "triton":
+        from ops.causal_conv1d import triton as module
+    elif chosen == "fla":
+        from ops.causal_conv1d import fla as module
     y, state = module.causal_conv1d(x, weight, bias, activation, layout, initial_state)
     return y, state if output_final_state else None

@@ -4,13 +4,15 @@ from typing import Any
 
 from torch import Tensor
 
-from ops.check import check_dim, check_floating, check_layout, check_shape
+from ops.diagonal_cell.options import check_options
+from ops.diagonal_cell.statistics import Statistics
 from ops.diagonal_lstm import chunked, reference
-from ops.diagonal_lstm.shooting import Statistics
+from ops.diagonal_lstm.inputs import check_inputs
+from ops.diagonal_lstm.summary import diagonal_lstm_summary
 from ops.impl import resolve_impl
 from ops.layout import Layout
 
-__all__ = ["Statistics", "diagonal_lstm"]
+__all__ = ["Statistics", "diagonal_lstm", "diagonal_lstm_summary"]
 
 
 def diagonal_lstm(
@@ -40,11 +42,13 @@ def diagonal_lstm(
     layout:         a document's first token sees a state of zeros, whatever `initial_state` says
     initial_state:  [B, 2, D], (cell, hidden) before the first token; zeros by default
 
-    The chunked form cuts T into segments that it solves side by side (`ops/diagonal_lstm/shooting.py`):
+    The chunked and the Triton form cut T into segments that they solve side by side (`ops/diagonal_cell/shooting.py`):
 
-    segments:         S; by default chosen from B, T, D and device; 1 is the plain sequential loop
-    tolerance:        largest mismatch of states where segments meet; by default 1e-6, 1e-13 in float64. With S > 1 one
-                      number a sweep is read back from the device, to compare it
+    segments:         S; by default chosen from B, T, D and device; 1 is the plain sequential loop. The Triton form
+                      may take fewer, as its segments are multiples of 16 tokens
+    tolerance:        largest error of the state where a segment starts, estimated from the mismatch of states where
+                      segments meet; by default 1e-6, 1e-13 in float64. With S > 1 the chunked form reads one number a
+                      sweep back from the device, to compare it
     max_corrections:  of the segments' start states, before what has not converged is solved sequentially; by default 3.
                       S - 1 give the sequential loop to the bit
     statistics:       is filled with how the call was solved
@@ -53,34 +57,18 @@ def diagonal_lstm(
     None. The recurrence runs in fp32 (float64 for float64 inputs) in every implementation.
     Raises ValueError for wrong shapes, dtypes or options and for an implementation that cannot run here.
     """
-    _check_tensors(gates, a, c, initial_state, layout)
+    check_inputs("diagonal_lstm", gates, a, c, layout, initial_state)
     options: dict[str, Any] = {"segments": segments, "tolerance": tolerance, "max_corrections": max_corrections}
     chosen = resolve_impl("diagonal_lstm", impl, gates.device.type)
-    _check_options(options, chosen)
+    check_options("diagonal_lstm", chosen, **options)
     if chosen == "reference":
-        vars(statistics or Statistics()).update(vars(Statistics()))
+        if statistics is not None:
+            statistics.report = None
         y, state = reference.diagonal_lstm(gates, a, c, layout, initial_state)
+    elif chosen == "triton":
+        from ops.diagonal_lstm import triton
+
+        y, state = triton.diagonal_lstm(gates, a, c, layout, initial_state, statistics=statistics, **options)
     else:
         y, state = chunked.diagonal_lstm(gates, a, c, layout, initial_state, statistics=statistics, **options)
     return y, state if output_final_state else None
-
-
-def _check_tensors(gates: Tensor, a: Tensor, c: Tensor, initial_state: Tensor | None, layout: Layout | None) -> None:
-    check_dim("diagonal_lstm", "gates", gates, "B T 3 D")
-    batch, time, _, width = gates.shape
-    check_shape("diagonal_lstm", "gates", gates, "B T 3 D", batch, time, 3, width)
-    check_shape("diagonal_lstm", "a", a, "3 D", 3, width)
-    check_shape("diagonal_lstm", "c", c, "2 D", 2, width)
-    check_shape("diagonal_lstm", "initial_state", initial_state, "B 2 D", batch, 2, width)
-    check_floating("diagonal_lstm", gates=gates, a=a, c=c, initial_state=initial_state)
-    check_layout("diagonal_lstm", layout, batch, time)
-
-
-def _check_options(options: dict[str, Any], impl: str) -> None:
-    for (name, value), least in zip(options.items(), (1, 0, 0)):
-        if value is None:
-            continue
-        if impl == "reference":
-            raise ValueError(f"diagonal_lstm: {name} is {value}; impl 'reference' has no segments: leave {name} out")
-        if value < least:
-            raise ValueError(f"diagonal_lstm: {name} is {value}; must be >= {least}")

@@ -1,11 +1,16 @@
 """The gated delta rule, S_t = exp(log_decay_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T."""
 
+from typing import Any
+
 from torch import Tensor
 
 from ops.check import check_dim, check_floating, check_layout, check_log_decay, check_shape, check_strength
 from ops.gated_delta_rule import chunked, reference
+from ops.gated_delta_rule.summary import gated_delta_rule_summary
 from ops.impl import resolve_impl
 from ops.layout import Layout
+
+__all__ = ["gated_delta_rule", "gated_delta_rule_summary"]
 
 
 def gated_delta_rule(
@@ -57,6 +62,11 @@ def gated_delta_rule(
     check_strength("gated_delta_rule", k, beta)
     if scale is None:
         scale = key_dim**-0.5
-    module = {"chunked": chunked, "reference": reference}[resolve_impl("gated_delta_rule", impl, q.device.type)]
+    chosen = resolve_impl("gated_delta_rule", impl, q.device.type)
+    module: Any = {"chunked": chunked, "reference": reference}.get(chosen)
+    if chosen == "triton":
+        from ops.gated_delta_rule import triton as module
+    elif chosen == "fla":
+        from ops.gated_delta_rule import fla as module
     o, state = module.gated_delta_rule(q, k, v, log_decay, beta, scale, layout, initial_state)
     return o, state if output_final_state else None

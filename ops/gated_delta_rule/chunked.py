@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from ops.gated_delta_rule.decays import Decays, chunk_decays, log_decay_gradient
+from ops.gated_delta_rule.decays import Decays, chunk_decays, layout_masks, log_decay_gradient
 from ops.gated_delta_rule.inverse import unit_lower_inverse
 from ops.layout import Layout
 from ops.precision import accumulation_dtype, without_autocast
@@ -40,80 +39,154 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """o [B, T, HV, V] and the last state [B, HV, K, V]; arguments as in `ops.gated_delta_rule`."""
     dtype = accumulation_dtype(q, k, v, log_decay, beta)
-    batch, time, value_heads, value_dim = v.shape
-    size = min(MAX_CHUNK, 1 << (time - 1).bit_length())
-    group = value_heads // q.shape[2]
+    size, group = chunk_size(v.shape[1]), v.shape[2] // q.shape[2]
     if initial_state is None:
-        initial_state = v.new_zeros(batch, value_heads, q.shape[3], value_dim, dtype=dtype)
-
-    def chunks(z: Tensor) -> Tensor:  # [B, T, HV, …] -> [N, B, HV, C, …], filled up with zeros
-        z = z.to(dtype)
-        if time % size:
-            z = pad(z, (0,) * (2 * z.dim() - 3) + (-time % size,))
-        return z.unflatten(1, (-1, size)).movedim(1, 0).transpose(2, 3).contiguous()
-
-    queries, keys = ((chunks(z.repeat_interleave(group, dim=2) if group > 1 else z)) for z in (scale * q.to(dtype), k))
-    o, state = GatedDeltaRule.apply(
-        queries, keys, chunks(v), chunks(log_decay), chunks(beta), initial_state.to(dtype), layout
-    )
-    return o.transpose(2, 3).movedim(0, 1).flatten(1, 2)[:, :time].to(v.dtype), state
+        initial_state = v.new_zeros(v.shape[0], v.shape[2], q.shape[3], v.shape[3], dtype=dtype)
+    queries = cut(scale * q.to(dtype), size, dtype, group)
+    keys = cut(k, size, dtype, group)
+    rest = (cut(z, size, dtype) for z in (v, log_decay, beta))
+    masks = layout_masks(layout, size, dtype)
+    o, state, *_ = forward(queries, keys, *rest, initial_state.to(dtype), masks)
+    return o.transpose(2, 3).movedim(0, 1).flatten(1, 2)[:, : v.shape[1]].to(v.dtype), state
 
 
-class GatedDeltaRule(torch.autograd.Function):
-    """(q, k [N, B, HV, C, K], v [N, B, HV, C, V], log_decay, beta [N, B, HV, C], initial_state [B, HV, K, V], layout)
-    -> (o [N, B, HV, C, V], state [B, HV, K, V])."""
+def chunk_size(time: int) -> int:
+    """C for a sequence of `time` tokens, a power of two."""
+    return min(MAX_CHUNK, 1 << (time - 1).bit_length())
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor,
-        beta: Tensor,
-        initial_state: Tensor,
-        layout: Layout | None,
-    ) -> tuple[Tensor, Tensor]:
-        with without_autocast(q):
-            decays = chunk_decays(log_decay, layout)
-            similar = (k @ k.mT).mul_(decays.pair)
-            x = unit_lower_inverse(similar * beta.unsqueeze(-1))
+
+def cut(z: Tensor, size: int, dtype: torch.dtype, group: int = 1) -> Tensor:
+    """[B, T, H, …] -> [N, B, H * group, C, …]: in chunks of `size`, the last filled up with zeros, each head `group`
+    times."""
+    z = z.repeat_interleave(group, dim=2) if group > 1 else z
+    z, time = z.to(dtype), z.shape[1]
+    if time % size:
+        z = pad(z, (0,) * (2 * z.dim() - 3) + (-time % size,))
+    return z.unflatten(1, (-1, size)).movedim(1, 0).transpose(2, 3).contiguous()
+
+
+Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("rondo::gated_delta_rule_chunked_forward", mutates_args=())
+def forward(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    initial_state: Tensor,
+    masks: list[Tensor],
+) -> Forward:
+    """o [N, B, HV, C, V] and the last state [B, HV, K, V]; then what the backward needs: the four decays, the keys'
+    products, X, the scores, what is written, and all states.
+
+    q, k [N, B, HV, C, K], v [N, B, HV, C, V], log_decay, beta [N, B, HV, C], initial_state [B, HV, K, V], all of one
+    dtype; q contains the scale. Without q only the state is computed: o and the scores are empty.
+    """
+    with without_autocast(k):
+        decays = chunk_decays(log_decay, masks)
+        similar = (k @ k.mT).mul_(decays.pair)
+        x = unit_lower_inverse(similar * beta.unsqueeze(-1))
+        key_in, key_out = _weighted_keys(k, beta, decays)
+        writes, states = _write(v * beta.unsqueeze(-1), key_in, key_out, decays.through, x, initial_state)
+        if q is None:
+            o, scores = k.new_empty(0), k.new_empty(0)
+        else:
             scores = (q @ k.mT).mul_(decays.pair)
-            key_in, key_out = _weighted_keys(k, beta, decays)
-            writes, states = _write(v * beta.unsqueeze(-1), key_in, key_out, decays.through, x, initial_state)
             o = (q * decays.carry_in.unsqueeze(-1)) @ states[:-1]
             _add_product(o, scores, writes)
-        ctx.save_for_backward(q, k, v, beta, *decays, similar, x, scores, writes, states)
-        return o, states[-1].clone()
+    return o, states[-1].clone(), *decays, similar, x, scores, writes, states
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, beta, *factors, similar, x, scores, writes, states = ctx.saved_tensors
-        decays = Decays(*factors)
-        with without_autocast(do):
-            key_in, key_out = _weighted_keys(k, beta, decays)
-            dwrites, dstates = scores.mT @ do, (q * decays.carry_in.unsqueeze(-1)).mT @ do
-            dresidual, dstates = _write_backward(dwrites, dstates, key_in, key_out, decays.through, x, dstate)
-            dq, dk = do @ states[:-1].mT, dresidual @ states[:-1].mT  # of carry_in q and of -key_in
-            dkey_out = writes @ dstates[1:].mT
-            from_key_in = (dk * k).sum(-1).neg_().mul_(decays.carry_in)
-            dcarry_in = (dq * q).sum(-1).mul_(decays.carry_in).addcmul_(from_key_in, beta)
-            dcarry_out = (dkey_out * k).sum(-1).mul_(decays.carry_out)
-            dthrough = (dstates[1:] * states[:-1]).sum((-2, -1)).mul_(decays.through)
-            dscores, dlower = do @ writes.mT, (dresidual @ writes.mT).tril_(-1).neg_()
-            dsimilar = dlower * similar
-            dbeta = (v * dresidual).sum(-1).add_(dsimilar.sum(-1)).add_(from_key_in)
-            dpair = dsimilar.mul_(beta.unsqueeze(-1)).addcmul_(dscores, scores)
-            dlog_decay = log_decay_gradient(dpair, dcarry_in, dcarry_out, dthrough)
+
+@torch.library.custom_op("rondo::gated_delta_rule_chunked_backward", mutates_args=())
+def backward(
+    do: Tensor | None, dstate: Tensor, q: Tensor | None, k: Tensor, v: Tensor, beta: Tensor, saved: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q (empty without one), k, v, log_decay, beta and the initial state, of those of o (if there is a q)
+    and of the last state; `saved` is what `forward` returned after these two."""
+    decays, (similar, x, scores, writes, states) = Decays(*saved[:4]), saved[4:]
+    with without_autocast(k):
+        key_in, key_out = _weighted_keys(k, beta, decays)
+        dstates = torch.empty_like(states)
+        dstates[-1] = dstate
+        if q is None or do is None:
+            dwrites = torch.zeros_like(writes)
+            dstates[:-1] = 0
+        else:
+            dwrites, reads = scores.mT @ do, q * decays.carry_in.unsqueeze(-1)
+            torch.bmm(reads.mT.flatten(0, 2), do.flatten(0, 2), out=dstates[:-1].flatten(0, 2))
+        dresidual = _write_backward(dwrites, dstates, key_in, key_out, decays.through, x)
+        dk = dresidual @ states[:-1].mT  # of -key_in
+        dkey_out = writes @ dstates[1:].mT
+        from_key_in = (dk * k).sum(-1).neg_().mul_(decays.carry_in)
+        dcarry_in = from_key_in * beta
+        dcarry_out = (dkey_out * k).sum(-1).mul_(decays.carry_out)
+        dthrough = (dstates[1:] * states[:-1]).sum((-2, -1)).mul_(decays.through)
+        dlower = (dresidual @ writes.mT).tril_(-1).neg_()
+        dsimilar = dlower * similar
+        dbeta = (v * dresidual).sum(-1).add_(dsimilar.sum(-1)).add_(from_key_in)
+        dpair = dsimilar.mul_(beta.unsqueeze(-1))
+        dlower.mul_(decays.pair).mul_(beta.unsqueeze(-1))  # of k k^T
+        dk.mul_((decays.carry_in * beta).neg_().unsqueeze(-1)).addcmul_(dkey_out, decays.carry_out.unsqueeze(-1))
+        _add_product(dk, dlower.add_(dlower.mT.contiguous()), k)
+        if q is None or do is None:
+            dq = k.new_empty(0) if q is None else torch.zeros_like(q)
+        else:
+            dq = do @ states[:-1].mT  # of carry_in q
+            dcarry_in.addcmul_((dq * q).sum(-1), decays.carry_in)
+            dscores = do @ writes.mT
+            dpair.addcmul_(dscores, scores)
             dscores.mul_(decays.pair)  # of q k^T
-            dlower.mul_(decays.pair).mul_(beta.unsqueeze(-1))  # of k k^T
             dq.mul_(decays.carry_in.unsqueeze(-1))
-            dk.mul_((decays.carry_in * beta).neg_().unsqueeze(-1)).addcmul_(dkey_out, decays.carry_out.unsqueeze(-1))
             _add_product(dq, dscores, k)
             _add_product(dk, dscores.mT, q)
-            _add_product(dk, dlower.add_(dlower.mT.contiguous()), k)
-        return dq, dk, dresidual * beta.unsqueeze(-1), dlog_decay, dbeta, dstates[0], None
+        dlog_decay = log_decay_gradient(dpair, dcarry_in, dcarry_out, dthrough)
+    return dq, dk, dresidual * beta.unsqueeze(-1), dlog_decay, dbeta, dstates[0].clone()
+
+
+@forward.register_fake
+def _(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    initial_state: Tensor,
+    masks: list[Tensor],
+) -> Forward:
+    chunks, *heads, size, key_dim = k.shape
+    pair = k.new_empty(chunks, *heads, size, size)
+    o, scores = (k.new_empty(0), k.new_empty(0)) if q is None else (torch.empty_like(v), torch.empty_like(pair))
+    carry = (torch.empty_like(beta), torch.empty_like(beta), k.new_empty(chunks, *heads))
+    states = k.new_empty(chunks + 1, *heads, key_dim, v.shape[-1])
+    products = (torch.empty_like(pair), torch.empty_like(pair), scores)
+    return o, torch.empty_like(initial_state), pair, *carry, *products, torch.empty_like(v), states
+
+
+@backward.register_fake
+def _(
+    do: Tensor | None, dstate: Tensor, q: Tensor | None, k: Tensor, v: Tensor, beta: Tensor, saved: list[Tensor]
+) -> tuple[Tensor, ...]:
+    dq = k.new_empty(0) if q is None else torch.empty_like(q)
+    return dq, *(torch.empty_like(z) for z in (k, v, beta, beta, dstate))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
+    q, k, v, _, beta, _, masks = inputs
+    ctx.without_gradient = [None] * len(masks)
+    ctx.set_materialize_grads(False)  # or each output that the backward needs would get a gradient of zeros
+    ctx.save_for_backward(q, k, v, beta, *output[1:])
+
+
+def _backward(ctx: Any, do: Tensor | None, dstate: Tensor | None, *_: None) -> tuple[Any, ...]:
+    q, k, v, beta, state, *saved = ctx.saved_tensors
+    dstate = torch.zeros_like(state) if dstate is None else dstate.contiguous()
+    dq, *gradients = backward(do if do is None else do.contiguous(), dstate, q, k, v, beta, saved)
+    return None if q is None else dq, *gradients, ctx.without_gradient
+
+
+forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _weighted_keys(k: Tensor, beta: Tensor, decays: Decays) -> tuple[Tensor, Tensor]:
@@ -143,17 +216,17 @@ def _write(
 
 
 def _write_backward(
-    dwrites: Tensor, dreads: Tensor, key_in: Tensor, key_out: Tensor, through: Tensor, x: Tensor, dstate: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gradients of the residual [N, B, HV, C, V] and of the states [N + 1, B, HV, K, V].
+    dwrites: Tensor, dstates: Tensor, key_in: Tensor, key_out: Tensor, through: Tensor, x: Tensor
+) -> Tensor:
+    """The gradient of the residual [N, B, HV, C, V].
 
-    `dwrites` and `dreads` [N, B, HV, K, V] hold what the outputs contribute to the gradients of writes and states.
+    `dwrites` and `dstates` [N + 1, B, HV, K, V] come with what the outputs and the last state contribute to the
+    gradients of writes and states, and leave complete.
     """
-    dstates = torch.cat([dreads, dstate.unsqueeze(0)])
     dresiduals = torch.empty_like(dwrites)
     state, *chunks = (z.flatten(1, 2) for z in (dstates, dwrites, dresiduals, key_in, key_out, x, through))
     for n, (dwrite, dresidual, reads, keys, solve, decay) in reversed(list(enumerate(zip(*chunks)))):
         dwrite.baddbmm_(keys, state[n + 1])
         torch.bmm(solve.mT, dwrite, out=dresidual)
         state[n].addcmul_(state[n + 1], decay[:, None, None]).baddbmm_(reads.mT, dresidual, alpha=-1)
-    return dresiduals, dstates
+    return dresiduals

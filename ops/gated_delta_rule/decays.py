@@ -42,8 +42,13 @@ def chunk_masks(positions: Tensor, size: int, dtype: torch.dtype) -> Masks:
     return Masks(*(mask.to(dtype) for mask in masks))
 
 
-def chunk_decays(log_decay: Tensor, layout: Layout | None) -> Decays:
-    """From `log_decay` [N, B, HV, C], C a power of two.
+def layout_masks(layout: Layout | None, size: int, dtype: torch.dtype) -> list[Tensor]:
+    """The four masks of a layout's chunks of `size`; none where rows are unbroken."""
+    return [] if layout is None else list(layout.derive(chunk_masks, size, dtype))
+
+
+def chunk_decays(log_decay: Tensor, masks: list[Tensor]) -> Decays:
+    """From `log_decay` [N, B, HV, C], C a power of two, and `layout_masks` of the same chunks.
 
     By halving: in blocks of 1, 2, 4, … tokens the sums of log decays from the block's first token up to each one and
     from after each one to the block's last are kept; the pairs between the right and the left half of a block are an
@@ -62,9 +67,8 @@ def chunk_decays(log_decay: Tensor, layout: Layout | None) -> Decays:
         up_to = torch.cat([left, left[..., -1:] + right], dim=-1)
         after = torch.cat([left_after + right[..., -1:], right_after], dim=-1)
     decays = Decays(pair, up_to[..., 0, :].exp(), after[..., 0, :].exp(), up_to[..., 0, -1].exp())
-    if layout is not None:
-        for decay, mask in zip(decays, layout.derive(chunk_masks, size, log_decay.dtype)):
-            decay.mul_(mask)
+    for decay, mask in zip(decays, masks):
+        decay.mul_(mask)
     return decays
 
 

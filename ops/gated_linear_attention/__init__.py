@@ -1,11 +1,16 @@
 """Linear attention whose matrix state decays by a factor of its own for every key channel."""
 
+from typing import Any
+
 from torch import Tensor
 
 from ops.check import check_dim, check_floating, check_layout, check_log_decay, check_shape
 from ops.gated_linear_attention import chunked, reference
+from ops.gated_linear_attention.summary import gated_linear_attention_summary
 from ops.impl import resolve_impl
 from ops.layout import Layout
+
+__all__ = ["gated_linear_attention", "gated_linear_attention_summary"]
 
 
 def gated_linear_attention(
@@ -47,6 +52,11 @@ def gated_linear_attention(
     check_layout(op, layout, batch, time)
     check_log_decay(op, log_decay)
     scale = keys**-0.5 if scale is None else scale
-    module = {"chunked": chunked, "reference": reference}[resolve_impl(op, impl, q.device.type)]
+    chosen = resolve_impl(op, impl, q.device.type)
+    module: Any = {"chunked": chunked, "reference": reference}.get(chosen)
+    if chosen == "triton":
+        from ops.gated_linear_attention import triton as module
+    elif chosen == "fla":
+        from ops.gated_linear_attention import fla as module
     o, state = module.gated_linear_attention(q, k, v, log_decay, scale, layout, initial_state)
     return o, state if output_final_state else None

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ops.gated_linear_attention.tile import Tile
 from ops.layout import Layout
-from ops.precision import accumulation_dtype
+from ops.precision import accumulation_dtype, without_autocast
 
 MAX_CHUNK = 32
 # Numbers a tile's largest tensor may hold: on a CPU a tile stays in the cache, elsewhere it fills the machine.
@@ -42,78 +42,101 @@ def gated_linear_attention(
     if initial_state is None:
         initial_state = q.new_zeros(q.shape[0], *q.shape[2:], v.shape[-1], dtype=dtype)
     starts = None if layout is None else layout.starts
-    return GatedLinearAttention.apply(q, k, v, log_decay, initial_state.to(dtype), starts, scale)
+    o, state, _ = forward(q, k, v, log_decay, initial_state.to(dtype), starts, scale)
+    return o, state
 
 
-class GatedLinearAttention(torch.autograd.Function):
-    """(q, k, v, log_decay, initial_state in the dtype of computation, starts bool [B, T] or None, scale)
-    -> (o, last state)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor,
-        initial_state: Tensor,
-        starts: Tensor | None,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.tiles, ctx.scale = _tiles(q, v), scale
-        o = v.new_empty(v.shape)
-        states = [initial_state.flatten(0, 1)]  # [B * H, K, V] at the start of each tile
-        with torch.autocast(q.device.type, enabled=False):
-            for tile in ctx.tiles:
-                chunks = _load((q, k, v, log_decay), starts, scale, tile, initial_state.dtype)
-                merged = _merge(*chunks)
-                entries, state = _carry(merged.k_out.mT @ chunks.v, merged.total, states[-1])
-                tile.store(torch.baddbmm(merged.scores @ chunks.v, merged.q_in, entries), o)
-                states.append(state)
-        ctx.save_for_backward(q, k, v, log_decay, starts, *states[:-1])
-        return o, states[-1].view(initial_state.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # activation checkpointing unpacks once
-        inputs, starts, states = saved[:4], saved[4], saved[5:]
-        shape, dstate = dstate.shape, dstate.flatten(0, 1)
-        gradients = [z.new_empty(z.shape) for z in inputs]
-        with torch.autocast(do.device.type, enabled=False):
-            for tile, state in zip(reversed(ctx.tiles), reversed(states)):
-                chunks = _load(inputs, starts, ctx.scale, tile, dstate.dtype)
-                *parts, dstate = _tile_backward(chunks, state, tile.load(do, dstate.dtype), dstate)
-                parts[0].mul_(ctx.scale)
-                for part, gradient in zip(parts, gradients):
-                    tile.store(part, gradient)
-        return *gradients, dstate.view(shape), None, None
+@torch.library.custom_op("rondo::gated_linear_attention_chunked_forward", mutates_args=())
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor,
+    starts: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, the last state, and the state at the start of each tile [tiles, B * H, K, V]; `initial_state` comes in the
+    dtype of computation, starts is bool [B, T]."""
+    tiles = _tiles(q, v)
+    o = v.new_empty(v.shape)
+    state = initial_state.flatten(0, 1)
+    states = torch.empty(len(tiles), *state.shape, dtype=state.dtype, device=state.device)
+    with without_autocast(q):
+        for tile, before in zip(tiles, states):
+            before.copy_(state)
+            chunks = _load((q, k, v, log_decay), starts, scale, tile, state.dtype)
+            merged = _merge(*chunks)
+            entries, state = _carry(merged.k_out.mT @ chunks.v, merged.total, before)
+            tile.store(torch.baddbmm(merged.scores @ chunks.v, merged.q_in, entries), o)
+    return o, state.view(initial_state.shape), states
 
 
-class Tile(NamedTuple):
-    """Tokens start to stop of every row as `chunks` chunks of `size` tokens, a power of two; a single one may be short
-    of it and is filled up with zeros."""
+@torch.library.custom_op("rondo::gated_linear_attention_chunked_backward", mutates_args=())
+def backward(
+    do: Tensor,
+    dstate: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    states: Tensor,
+    starts: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log_decay and the initial state, of those of o and the last state."""
+    inputs = (q, k, v, log_decay)
+    shape, dstate = dstate.shape, dstate.flatten(0, 1)
+    gradients = [z.new_empty(z.shape) for z in inputs]
+    with without_autocast(q):
+        for tile, state in zip(reversed(_tiles(q, v)), states.flip(0)):
+            chunks = _load(inputs, starts, scale, tile, dstate.dtype)
+            *parts, dstate = _tile_backward(chunks, state, tile.load(do, dstate.dtype), dstate)
+            parts[0].mul_(scale)
+            for part, gradient in zip(parts, gradients):
+                tile.store(part, gradient)
+    dq, dk, dv, dlog_decay = gradients
+    return dq, dk, dv, dlog_decay, dstate.view(shape)
 
-    start: int
-    stop: int
-    chunks: int
-    size: int
 
-    def split(self, z: Tensor) -> Tensor:
-        """The tile's part of z [B, T, H, F], a view [chunks, B, H, <= size, F]."""
-        return z[:, self.start : self.stop].unflatten(1, (self.chunks, -1)).permute(1, 0, 3, 2, 4)
+@forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor, starts: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    state = initial_state.new_empty(initial_state.shape)
+    return v.new_empty(v.shape), state, state.new_empty(len(_tiles(q, v)), state[..., 0, 0].numel(), *state.shape[2:])
 
-    def load(self, z: Tensor, dtype: torch.dtype) -> Tensor:
-        """A copy of the tile's part of z [B, T, H, F], [chunks * B * H, size, F]."""
-        part = self.split(z)
-        if part.shape[3] < self.size:
-            part = torch.nn.functional.pad(part, (0, 0, 0, self.size - part.shape[3]))
-        return part.to(dtype, copy=True, memory_format=torch.contiguous_format).flatten(0, 2)
 
-    def store(self, part: Tensor, z: Tensor) -> None:
-        """Write what `load` would read, without the filling."""
-        target = self.split(z)
-        target.copy_(part.view(*target.shape[:3], *part.shape[1:])[:, :, :, : target.shape[3]])
+@backward.register_fake
+def _(
+    do: Tensor,
+    dstate: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    states: Tensor,
+    starts: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    return tuple(z.new_empty(z.shape) for z in (q, k, v, log_decay, dstate))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, log_decay, _, starts, ctx.scale = inputs
+    ctx.set_materialize_grads(False)  # or the states would get a gradient of zeros as large as they are
+    ctx.save_for_backward(q, k, v, log_decay, output[2], starts)
+    ctx.state_shape = output[1].shape
+
+
+def _autograd(ctx: Any, do: Tensor | None, dstate: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, log_decay, states, starts = ctx.saved_tensors
+    do = torch.zeros_like(v) if do is None else do
+    dstate = states.new_zeros(ctx.state_shape) if dstate is None else dstate
+    return *backward(do, dstate, q, k, v, log_decay, states, starts, ctx.scale), None, None
+
+
+forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _tiles(q: Tensor, v: Tensor) -> list[Tile]:

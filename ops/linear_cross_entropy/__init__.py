@@ -1,5 +1,7 @@
 """The language model head's matrix product and its cross-entropy in one, so that full logits never exist."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,31 @@ def linear_cross_entropy(
     to its dtype, and everything is summed in fp32; the gradients have the dtypes of x and weight.
     Raises ValueError for wrong shapes, dtypes or cap and for an implementation that cannot run here.
     """
+    label_logit, log_sum_exp = vocabulary_slice(x, weight, labels, logit_soft_cap=logit_soft_cap, impl=impl)
+    valid = labels != -100
+    return torch.where(valid, log_sum_exp - label_logit, 0), torch.where(valid, log_sum_exp, 0)
+
+
+def vocabulary_slice(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    start: int = 0,
+    num_entries: int | None = None,
+    logit_soft_cap: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """What a slice of the vocabulary adds to `linear_cross_entropy`, whose other arguments are the same.
+
+    weight:       [N, D], the rows `start` ... `start` + N - 1 of the whole weight
+    num_entries:  the rows of `weight` that are entries, 0 ... N: rows behind them are padding and count for nothing
+
+    Returns, [...] each and in fp32 (float64 beside float64 inputs): label_logit, the label's logit where the label lies
+    in the slice and 0 elsewhere; and log_sum_exp, the logarithm of the slice's sum of exponentials, -inf without
+    entries. The slices of a vocabulary give log_z = logsumexp of their log_sum_exp, and nll = log_z - the sum of their
+    label_logit. Differentiable as `linear_cross_entropy` is; where the label is -100, log_sum_exp still has its value.
+    """
     check_dim("linear_cross_entropy", "weight", weight, "N D")
     check_shape("linear_cross_entropy", "x", x, "... D", *labels.shape, weight.shape[1])
     check_floating("linear_cross_entropy", x=x, weight=weight)
@@ -30,7 +57,19 @@ def linear_cross_entropy(
         raise ValueError(f"linear_cross_entropy: labels have dtype {labels.dtype}; must be torch.int64")
     if logit_soft_cap is not None and logit_soft_cap <= 0:
         raise ValueError(f"linear_cross_entropy: logit_soft_cap is {logit_soft_cap}; must be > 0 or None")
-    resolved = resolve_impl("linear_cross_entropy", impl, x.device.type)
-    module = {"chunked": chunked, "reference": reference}[resolved]
-    nll, log_z = module.linear_cross_entropy(x.reshape(-1, x.shape[-1]), weight, labels.flatten(), logit_soft_cap)
-    return nll.view(labels.shape), log_z.view(labels.shape)
+    if num_entries is not None and not 0 <= num_entries <= len(weight):
+        raise ValueError(f"linear_cross_entropy: num_entries is {num_entries}; must be 0 ... N = {len(weight)}")
+    tier = _tier(resolve_impl("linear_cross_entropy", impl, x.device.type))
+    rows = x.reshape(-1, x.shape[-1])
+    label_logit, log_sum_exp = tier.vocabulary_slice(
+        rows, weight[:num_entries], labels.flatten(), start, logit_soft_cap
+    )
+    return label_logit.view(labels.shape), log_sum_exp.view(labels.shape)
+
+
+def _tier(impl: str) -> ModuleType:
+    if impl == "triton":
+        from ops.linear_cross_entropy import triton
+
+        return triton
+    return {"chunked": chunked, "reference": reference}[impl]

@@ -1,109 +1,100 @@
 """linear_cross_entropy tile by tile over tokens and vocabulary; a hand-written backward recomputes the logits.
 
-From forward to backward only log_z is kept beside the arguments: one number a token. All tiles share their memory: on a
-CPU fresh memory costs as much as a third of the matrix product that fills it.
+From forward to backward only the log-sum-exp is kept beside the arguments: one number a token. All tiles share their
+memory: on a CPU fresh memory costs as much as a third of the matrix product that fills it.
 """
-
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ops.precision import accumulation_dtype, product_dtype
+from ops.linear_cross_entropy.registration import register
+from ops.linear_cross_entropy.tiles import add_product, operand, tiles, write_product
+from ops.precision import accumulation_dtype, product_dtype, without_autocast
 
 # Tokens and vocabulary entries of a tile: 4 MB of logits on a CPU, where larger ones leave the cache, 128 MB elsewhere.
 CPU_TILE = (1024, 1024)
 GPU_TILE = (4096, 8192)
 
 
-def linear_cross_entropy(
-    x: Tensor, weight: Tensor, labels: Tensor, logit_soft_cap: float | None
+def vocabulary_slice(x: Tensor, weight: Tensor, labels: Tensor, start: int, cap: float | None) -> tuple[Tensor, Tensor]:
+    """label_logit and log_sum_exp [M] for x [M, D], weight [N, D], labels [M]; arguments as in the package's."""
+    return _vocabulary_slice(x, weight, labels, start, cap, product_dtype(x, weight))
+
+
+def forward(
+    x: Tensor, weight: Tensor, labels: Tensor, start: int, cap: float | None, narrow: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """nll and log_z [M] for x [M, D], weight [N, D], labels [M]; arguments as in `ops.linear_cross_entropy`."""
-    return LinearCrossEntropy.apply(x, weight, labels, logit_soft_cap, product_dtype(x, weight))
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """(x [M, D], weight [N, D], labels [M], soft cap, dtype of the products' operands) -> nll [M], log_z [M]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, cap: float | None, narrow: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        dtype = accumulation_dtype(x, weight)
-        log_z = x.new_full(labels.shape, -torch.inf, dtype=dtype)
-        target = torch.zeros_like(log_z)
-        operands = _operand(x, narrow, dtype), _operand(weight, narrow, dtype)
-        for m, n, (logits,) in _tiles(x, weight, dtype, num_buffers=1):
-            _write_logits(logits, *operands, m, n, cap)
-            column, inside = _columns(labels[m], n)
-            target[m] += logits.gather(1, column)[:, 0] * inside
+    """What `register` asks of a forward pass."""
+    dtype = accumulation_dtype(x, weight)
+    log_sum_exp = x.new_full(labels.shape, -torch.inf, dtype=dtype)
+    label_logit = torch.zeros_like(log_sum_exp)
+    operands = operand(x, narrow, dtype), operand(weight, narrow, dtype)
+    shape = _tile_shape(x)
+    buffer = _buffer(x, weight, dtype)
+    with without_autocast(x):
+        for m, n in tiles(len(x), len(weight), shape):
+            logits = _write_logits(buffer, *operands, m, n, cap)
+            column, inside = _columns(labels[m] - start, n)
+            label_logit[m] += logits.gather(1, column)[:, 0] * inside
             peak = logits.amax(1, keepdim=True)
-            log_z_of_tile = logits.sub_(peak).exp_().sum(1).log_().add_(peak[:, 0])
-            log_z[m] = torch.logaddexp(log_z[m], log_z_of_tile)
-        ctx.save_for_backward(x, weight, labels, log_z)
-        ctx.cap, ctx.narrow = cap, narrow
-        valid = labels != -100
-        return torch.where(valid, log_z - target, 0), torch.where(valid, log_z, 0)
+            of_tile = logits.sub_(peak).exp_().sum(1).log_().add_(peak[:, 0])
+            log_sum_exp[m] = torch.logaddexp(log_sum_exp[m], of_tile)
+    return label_logit, log_sum_exp
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dnll: Tensor, dlog_z: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        x, weight, labels, log_z = ctx.saved_tensors
-        cap, narrow, dtype = ctx.cap, ctx.narrow, log_z.dtype
-        valid = labels != -100
-        dnll, dlog_z = torch.where(valid, dnll, 0), torch.where(valid, dlog_z, 0)
-        dx, dweight = torch.zeros_like(x, dtype=dtype), torch.zeros_like(weight, dtype=dtype)
-        operands = _operand(x, narrow, dtype), _operand(weight, narrow, dtype)
-        one = x.new_ones((), dtype=dtype)
-        for m, n, (logits, slope) in _tiles(x, weight, dtype, num_buffers=2):
-            _write_logits(logits, *operands, m, n, cap)
+
+def backward(
+    dlabel_logit: Tensor,
+    dlog_sum_exp: Tensor,
+    log_sum_exp: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    start: int,
+    cap: float | None,
+    narrow: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """What `register` asks of a backward pass."""
+    dtype = log_sum_exp.dtype
+    dx, dweight = x.new_zeros(x.shape, dtype=dtype), weight.new_zeros(weight.shape, dtype=dtype)
+    operands = operand(x, narrow, dtype), operand(weight, narrow, dtype)
+    shape = _tile_shape(x)
+    buffers = [_buffer(x, weight, dtype) for _ in range(1 if cap is None else 2)]
+    one = x.new_ones((), dtype=dtype)
+    with without_autocast(x):
+        for m, n in tiles(len(x), len(weight), shape):
+            logits = _write_logits(buffers[0], *operands, m, n, cap)
             if cap is not None:
+                slope = _cut(buffers[1], m, n)
                 torch.addcmul(one, logits, logits, value=-(cap**-2), out=slope)
-            dlogits = logits.sub_(log_z[m, None]).exp_().mul_((dnll + dlog_z)[m, None])
-            column, inside = _columns(labels[m], n)
-            dlogits.scatter_add_(1, column, -(dnll[m] * inside)[:, None])
-            dlogits = _operand(dlogits if cap is None else dlogits.mul_(slope), narrow, dtype)
-            _add_product(dx[m], dlogits, operands[1][n])
-            _add_product(dweight[n], dlogits.T, operands[0][m])
-        return dx.to(x.dtype), dweight.to(weight.dtype), None, None, None
+            dlogits = logits.sub_(log_sum_exp[m, None]).exp_().mul_(dlog_sum_exp[m, None])
+            column, inside = _columns(labels[m] - start, n)
+            dlogits.scatter_add_(1, column, (dlabel_logit[m] * inside)[:, None])
+            dlogits = operand(dlogits if cap is None else dlogits.mul_(slope), narrow, dtype)
+            add_product(dx[m], dlogits, operands[1][n])
+            add_product(dweight[n], dlogits.T, operands[0][m])
+    return dx.to(x.dtype), dweight.to(weight.dtype)
 
 
-def _tiles(
-    x: Tensor, weight: Tensor, dtype: torch.dtype, num_buffers: int
-) -> Iterator[tuple[slice, slice, list[Tensor]]]:
-    """Slices of tokens and of vocabulary that together cover all logits, and buffers of their size to write to."""
-    height, width = CPU_TILE if x.device.type == "cpu" else GPU_TILE
-    tokens, entries = len(x), len(weight)
-    buffers = [x.new_empty(min(height, tokens), min(width, entries), dtype=dtype) for _ in range(num_buffers)]
-    for m in range(0, tokens, height):
-        for n in range(0, entries, width):
-            rows, columns = slice(m, min(m + height, tokens)), slice(n, min(n + width, entries))
-            yield rows, columns, [buffer[: rows.stop - m, : columns.stop - n] for buffer in buffers]
+_vocabulary_slice = register("chunked", forward, backward)
 
 
-def _operand(z: Tensor, narrow: torch.dtype, dtype: torch.dtype) -> Tensor:
-    """z rounded to `narrow`, and back in `dtype` where no matrix product sums narrow operands in `dtype`."""
-    z = z.to(narrow)
-    return z if z.device.type == "cuda" else z.to(dtype)
+def _tile_shape(x: Tensor) -> tuple[int, int]:
+    return CPU_TILE if x.device.type == "cpu" else GPU_TILE
 
 
-def _write_logits(logits: Tensor, x: Tensor, weight: Tensor, m: slice, n: slice, cap: float | None) -> None:
-    if x.dtype == logits.dtype:
-        torch.mm(x[m], weight[n].T, out=logits)
-    else:
-        logits.copy_(torch.mm(x[m], weight[n].T, out_dtype=logits.dtype))
-    if cap is not None:
-        logits.div_(cap).tanh_().mul_(cap)
+def _buffer(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    height, width = _tile_shape(x)
+    return x.new_empty(min(height, len(x)), min(width, len(weight)), dtype=dtype)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += torch.mm(a, b, out_dtype=total.dtype)
+def _cut(buffer: Tensor, m: slice, n: slice) -> Tensor:
+    return buffer[: m.stop - m.start, : n.stop - n.start]
+
+
+def _write_logits(buffer: Tensor, x: Tensor, weight: Tensor, m: slice, n: slice, cap: float | None) -> Tensor:
+    logits = _cut(buffer, m, n)
+    write_product(logits, x[m], weight[n].T)
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 def _columns(labels: Tensor, n: slice) -> tuple[Tensor, Tensor]:

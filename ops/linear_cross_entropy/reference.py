@@ -3,19 +3,18 @@
 import torch
 from torch import Tensor
 
-from ops.precision import accumulation_dtype, product_dtype
+from ops.precision import accumulation_dtype, product_dtype, without_autocast
 
 
-def linear_cross_entropy(
-    x: Tensor, weight: Tensor, labels: Tensor, logit_soft_cap: float | None
-) -> tuple[Tensor, Tensor]:
-    """nll and log_z [M] for x [M, D], weight [N, D], labels [M]; arguments as in `ops.linear_cross_entropy`."""
+def vocabulary_slice(x: Tensor, weight: Tensor, labels: Tensor, start: int, cap: float | None) -> tuple[Tensor, Tensor]:
+    """label_logit and log_sum_exp [M] for x [M, D], weight [N, D], labels [M]; arguments as in the package's."""
     dtype, rounded = accumulation_dtype(x, weight), product_dtype(x, weight)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         logits = x.to(rounded).to(dtype) @ weight.to(rounded).to(dtype).T
-    if logit_soft_cap is not None:
-        logits = logit_soft_cap * torch.tanh(logits / logit_soft_cap)
-    valid = labels != -100
-    log_z = logits.logsumexp(-1)
-    target = logits.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
-    return torch.where(valid, log_z - target, 0), torch.where(valid, log_z, 0)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    columns = labels - start
+    inside = (columns >= 0) & (columns < len(weight))
+    padded = torch.cat([logits, logits.new_zeros(len(logits), 1)], dim=1)  # a column for the labels of other slices
+    label_logit = padded.gather(-1, torch.where(inside, columns, len(weight))[:, None])[:, 0]
+    return label_logit, logits.logsumexp(-1)

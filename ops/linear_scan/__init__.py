@@ -1,11 +1,16 @@
 """The diagonal linear recurrence h_t = exp(log_decay_t) * h_{t-1} + x_t."""
 
+from typing import Any
+
 from torch import Tensor
 
 from ops.check import check_dim, check_floating, check_layout, check_log_decay, check_shape
 from ops.impl import resolve_impl
 from ops.layout import Layout
 from ops.linear_scan import chunked, reference
+from ops.linear_scan.summary import linear_scan_summary
+
+__all__ = ["linear_scan", "linear_scan_summary"]
 
 
 def linear_scan(
@@ -26,7 +31,8 @@ def linear_scan(
     initial_state:  [B, D], h_{-1}; zeros by default
 
     Returns y [B, T, D] in x's dtype, and the last h [B, D] in fp32 if `output_final_state`, else None.
-    The recurrence runs in fp32 (float64 for float64 inputs) in every implementation.
+    The recurrence runs in fp32 (float64 for float64 inputs) in every implementation, under autocast too.
+    Log decays are real; complex ones would fit the same signature, with a complex state and y.
     Raises ValueError for wrong shapes or dtypes and for an implementation that cannot run here.
     """
     check_dim("linear_scan", "x", x, "B T D")
@@ -36,6 +42,11 @@ def linear_scan(
     check_floating("linear_scan", x=x, log_decay=log_decay, initial_state=initial_state)
     check_layout("linear_scan", layout, batch, time)
     check_log_decay("linear_scan", log_decay)
-    module = {"chunked": chunked, "reference": reference}[resolve_impl("linear_scan", impl, x.device.type)]
+    chosen = resolve_impl("linear_scan", impl, x.device.type)
+    module: Any = {"chunked": chunked, "reference": reference}.get(chosen)
+    if chosen == "triton":
+        from ops.linear_scan import triton as module
+    elif chosen == "fla":
+        from ops.linear_scan import fla as module
     y, state = module.linear_scan(x, log_decay, layout, initial_state)
     return y, state if output_final_state else None

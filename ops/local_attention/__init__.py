@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ops.attention import reference
+from ops.attention import implementation
 from ops.attention.inputs import State, check_inputs
 from ops.impl import resolve_impl
 from ops.layout import Layout
@@ -38,9 +38,8 @@ def local_attention(
         raise ValueError(f"local_attention: window is {window}; must be >= 1 (1 sees only the query's own token)")
     check_inputs("local_attention", q, k, v, layout, initial_state)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    attend = {"chunked": chunked.local_attention, "reference": reference.attention}[
-        resolve_impl("local_attention", impl, q.device.type)
-    ]
+    resolved = resolve_impl("local_attention", impl, q.device.type)
+    attend = chunked.local_attention if resolved == "chunked" else implementation(resolved)
     o, (keys, values) = attend(q, k, v, scale, layout, initial_state, window)
     if not output_final_state:
         return o, None

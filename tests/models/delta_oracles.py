@@ -36,15 +36,26 @@ def olmo_hybrid(config: dict[str, Any]) -> nn.Module:
 
 def gated_deltanet(config: dict[str, Any]) -> nn.Module:
     import fla.layers.gated_deltanet as layer
+    import fla.models.gated_deltanet.modeling_gated_deltanet as modeling
     import fla.modules.mlp as mlp
     from fla.models.gated_deltanet import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 
     layer.chunk_gated_delta_rule = naive_rule  # type: ignore[attr-defined]
     layer.causal_conv1d = torch_conv  # type: ignore[attr-defined]
     mlp.swiglu = lambda gate, y: F.silu(gate) * y  # type: ignore[attr-defined]
+    config = dict(config)
+    conv_bias = config.pop("conv_bias")
+
+    class Layer(layer.GatedDeltaNet):
+        """With a setting of the layer that the model's configuration does not pass on."""
+
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings, conv_bias=conv_bias)
+
+    modeling.GatedDeltaNet = Layer  # type: ignore[misc]
     model = GatedDeltaNetForCausalLM(GatedDeltaNetConfig(**config, fuse_norm=False, fuse_swiglu=False, use_cache=False))
     for block in model.model.layers:
-        block.attn.o_norm.forward = torch_gated_norm(block.attn.o_norm)
+        block.attn.o_norm.forward = torch_norm(block.attn.o_norm)
     return model
 
 
@@ -63,14 +74,20 @@ def naive_rule(
     return naive_recurrent_gated_delta_rule(q, k, v, beta, -A_log.exp() * F.softplus(g + dt_bias))[0], None
 
 
-def torch_conv(x: Tensor, weight: Tensor, activation: str, **_: Any) -> tuple[Tensor, None]:
+def torch_conv(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, **_: Any) -> tuple[Tensor, None]:
     padded = F.pad(x.mT, (weight.shape[1] - 1, 0))
     assert activation == "silu"
-    return F.silu(F.conv1d(padded, weight.unsqueeze(1), groups=len(weight))).mT, None
+    return F.silu(F.conv1d(padded, weight.unsqueeze(1), bias, groups=len(weight))).mT, None
 
 
-def torch_gated_norm(norm: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda x, gate: F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps) * F.silu(gate)
+def torch_norm(norm: Any) -> Callable[..., Tensor]:
+    """Gated where the layer passes a gate."""
+
+    def forward(x: Tensor, gate: Tensor | None = None) -> Tensor:
+        normed = F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
+        return normed if gate is None else normed * F.silu(gate)
+
+    return forward
 
 
 def run(model: Any, case: dict[str, Any], x: Tensor) -> Tensor:

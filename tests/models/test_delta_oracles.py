@@ -50,9 +50,11 @@ def other_settings() -> ModelConfig:
     return replace(BASE, mixers=MixerConfigs(gated_deltanet=mixer, attention=attention))
 
 
-def fla_settings() -> ModelConfig:
+def fla_settings(**mixer: Any) -> ModelConfig:
     """It has one eps for all norms."""
-    return replace(BASE, layers=("gated_deltanet",) * 2, post_norm=(), norm_eps=1e-5)
+    settings = replace(BASE.mixer("gated_deltanet"), **mixer)
+    mixers = MixerConfigs(gated_deltanet=settings)
+    return replace(BASE, layers=("gated_deltanet",) * 2, mixers=mixers, post_norm=(), norm_eps=1e-5)
 
 
 def olmo_config(config: ModelConfig) -> dict[str, Any]:
@@ -89,7 +91,10 @@ def fla_config(config: ModelConfig) -> dict[str, Any]:
         "num_v_heads": mixer.value_heads,
         "head_dim": mixer.head_dim,
         "expand_v": mixer.expand_v,
+        "use_gate": mixer.output_gate,
+        "use_short_conv": mixer.conv_width is not None,
         "conv_size": mixer.conv_width,
+        "conv_bias": mixer.conv_bias,
         "allow_neg_eigval": mixer.negative_eigenvalues,
         "norm_eps": mixer.norm_eps,
     }
@@ -101,6 +106,7 @@ DELTA_NAMES = {
     "gate_proj.weight": "g_proj.weight",
     "norm.weight": "o_norm.weight",
     "conv.weight": "conv1d.weight",
+    "conv.bias": "conv1d.bias",
 }
 MODEL_NAMES = {
     "olmo_hybrid": {"embed": "model.embed_tokens", "head.norm": "model.norm", "head": "lm_head"},
@@ -135,13 +141,15 @@ def renamed(project: str, tensors: dict[str, Tensor], config: ModelConfig) -> di
     found = {}
     for name, tensor in tensors.items():
         there = their_name(project, name, config.layers)
-        if not there.endswith("conv1d.weight"):
+        if "conv1d" not in there:
             found[there] = tensor
-        elif project == "olmo_hybrid":
-            found[there] = tensor.unsqueeze(1)
-        else:
-            for letter, rows in zip("qkv", tensor.split([keys, keys, len(tensor) - 2 * keys])):
-                found[there.replace("conv1d", f"{letter}_conv1d")] = rows.unsqueeze(1)
+            continue
+        rows = tensor.unsqueeze(1) if there.endswith("weight") else tensor
+        if project == "olmo_hybrid":
+            found[there] = rows
+            continue
+        for letter, part in zip("qkv", rows.split([keys, keys, len(tensor) - 2 * keys])):
+            found[there.replace("conv1d", f"{letter}_conv1d")] = part
     return found
 
 
@@ -199,7 +207,14 @@ def cases() -> dict[str, Case]:
     parts = {"mixer": ("mixer", 1), "delta-block": ("block", 1), "attention-block": ("block", 2), "lm": ("lm", 0)}
     found = {f"{olmo}-{name}": (olmo, BASE, *part) for name, part in parts.items()}
     found[f"{olmo}-other"] = (olmo, other_settings(), "lm", 0)
-    found["gated_deltanet-lm"] = ("gated_deltanet", fla_settings(), "lm", 0)
+    switches: dict[str, dict[str, Any]] = {
+        "lm": {},
+        "no-gate": {"output_gate": False},
+        "no-conv": {"conv_width": None},
+        "conv-bias": {"conv_bias": True, "conv_width": 3},
+    }
+    for name, settings in switches.items():
+        found[f"gated_deltanet-{name}"] = ("gated_deltanet", fla_settings(**settings), "lm", 0)
     return {f"{name}-{packing}": Case(*case, packing) for name, case in found.items() for packing in DOCUMENTS}
 
 

@@ -95,6 +95,26 @@ def test_first_token_by_hand() -> None:
     torch.testing.assert_close(mixer(x, None)[0], expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "switches",
+    [{"conv_width": None}, {"conv_bias": True}, {"output_gate": False}, {"conv_width": None, "output_gate": False}],
+    ids=str,
+)
+def test_switches(switches: dict[str, Any]) -> None:
+    """Each keeps the formula of size, the state and the gradients: what is switched off leaves nothing behind."""
+    mixer, x = build(dataclasses.replace(CONFIG, **switches)), hidden().requires_grad_()
+    assert mixer.config.num_params(WIDTH) == sum(p.numel() for p in mixer.parameters())
+    layout = Layout(torch.cat([torch.arange(4), torch.arange(7)]).repeat(2, 1))
+    whole, _ = mixer(x, layout)
+    state, pieces = mixer.init_state(2, "cpu"), []
+    for piece, places in zip(x.split((3, 1, 7), dim=1), layout.positions.split((3, 1, 7), dim=1)):
+        y, state = mixer(piece, Layout(places.contiguous()), state)
+        pieces.append(y)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-9, atol=1e-10)
+    whole.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in mixer.parameters())
+
+
 def test_heads_can_be_cut() -> None:
     """Each half of the heads, with its rows of every group of the fused convolution, is a mixer of its own; the
     outputs of the halves add up. Shapes come from the tensors: the halves keep the whole one's config of a head."""
@@ -126,11 +146,13 @@ def cut(name: str, tensor: Tensor, half: int) -> Tensor:
         ({"heads": 0}, "heads: 0; must be at least 1"),
         ({"head_dim": -8}, "head_dim: -8; must be at least 1"),
         ({"conv_width": 0}, "conv_width: 0; must be at least 1"),
+        ({"conv_width": None, "conv_bias": True}, "conv_bias: true without a convolution; set conv_width"),
         ({"value_heads": 5}, r"value_heads: 5; must be a positive multiple of heads \(2\): choose e.g. 4"),
         ({"value_heads": 1}, r"value_heads: 1; .* choose e.g. 2"),
         ({"value_heads": 0}, "value_heads: 0; must be a positive multiple"),
         ({"expand_v": 1.3}, r"expand_v: 1.3; times head_dim \(8\) must be a whole number .* choose e.g. 1.25"),
         ({"expand_v": 0.01}, "choose e.g. 0.125"),
+        ({"norm_eps": -1.0}, "norm_eps: -1.0; must be positive"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -159,6 +159,7 @@ def test_head_shapes(settings: dict, shape: tuple[int, int, int]) -> None:
         ({"expand_ratio": 12}, r"expand_ratio: 12; must divide the model's width \(32\): choose e.g. 8"),
         ({"heads": 4, "conv_width": 0}, "conv_width: 0; must be at least 1"),
         ({"heads": 4, "conv_bias": True}, "conv_bias: true without a convolution"),
+        ({"heads": 4, "norm_eps": 0.0}, "norm_eps: 0.0; must be positive"),
     ],
 )
 def test_impossible_settings(settings: dict, message: str) -> None:

@@ -119,7 +119,7 @@ def test_no_parameter_is_left_uninitialised() -> None:
         ),
         ({"norm_eps": -1.0}, "norm_eps: -1.0; must be positive"),
         ({"impl": {"linear_scna": "reference"}}, "impl.linear_scna: 'reference'; op: 'linear_scna' is not known"),
-        ({"impl": {"linear_scan": "fla"}}, "impl.linear_scan: 'fla'; .* has no implementation 'fla'"),
+        ({"impl": {"linear_scan": "flex"}}, "impl.linear_scan: 'flex'; .* has no implementation 'flex'"),
     ],
 )
 def test_impossible_models_are_refused(changes: dict, message: str) -> None:

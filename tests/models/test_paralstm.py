@@ -57,6 +57,23 @@ def test_is_the_published_block() -> None:
     torch.testing.assert_close(y[0], block(mixer, x[0]), rtol=1e-10, atol=1e-12)
 
 
+def test_tells_how_the_recurrence_was_solved() -> None:
+    """Segments side by side, as a row of 16 channels does not fill the machine; a call without them says so."""
+    mixer = build()
+    assert mixer.metrics() == {}
+    mixer(torch.randn(1, 512, WIDTH, dtype=torch.float64), None)
+    assert {name: value.shape for name, value in mixer.metrics().items()} == {
+        "corrections": (),
+        "residual": (),
+        "sequential_channels": (),
+    }
+    figures = {name: float(value) for name, value in mixer.metrics().items()}
+    assert 1 <= figures["corrections"] <= 3
+    assert 0 <= figures["residual"] <= 1e-13
+    mixer(torch.randn(1, 5, WIDTH, dtype=torch.float64), None)
+    assert mixer.metrics()["corrections"] == 0
+
+
 def test_published_defaults() -> None:
     config = ParaLSTMConfig(width=2048)
     assert (config.heads, config.conv_width, config.weight_limit) == (4, 4, 0.5)
@@ -126,8 +143,9 @@ def test_switches(switches: dict[str, Any]) -> None:
     ("settings", "message"),
     [
         ({"width": 30}, r"width: 30; must be a positive multiple of heads \(4\): choose e.g. width 32"),
-        ({"width": 16, "heads": 0}, r"multiple of heads \(0\)"),
-        ({"width": 16, "conv_width": 0}, "conv_width: 0; at least 1 tap"),
+        ({"width": 16, "heads": 0}, "heads: 0; must be at least 1"),
+        ({"width": 16, "conv_width": 0}, "conv_width: 0; must be at least 1"),
+        ({"width": 16, "norm_eps": 0.0}, "norm_eps: 0.0; must be positive"),
         ({"width": 16, "weight_limit": 0.0}, "weight_limit: 0.0; must be positive, or null"),
         ({"width": 16, "input_projection": False}, r"width: 16; must be the model's width \(12\).*input_projection"),
     ],

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ops import Layout
@@ -101,11 +102,15 @@ def assert_earned_bf16(
 
 
 class BF16Products(TorchDispatchMode):
-    """While active, every matrix product rounds its operands to bf16 and sums in fp32, as tensor cores do."""
+    """While active, every matrix product rounds its operands to bf16 and sums in fp32, as tensor cores do; also inside
+    this repository's registered ops."""
 
-    PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
+    PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::matmul")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "rondo":
+            with self:  # a mode is off while it handles an op
+                return OPDEFS[func.name().split(".")[0]]._init_fn(*args, **(kwargs or {}))
         if func.name().split(".")[0].rstrip("_") in self.PRODUCTS:
             *rest, a, b = args
             args = (*rest, *(z.bfloat16().to(z.dtype) for z in (a, b)))

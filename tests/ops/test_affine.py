@@ -41,3 +41,12 @@ def test_acts_and_composes(kind: str) -> None:
     torch.testing.assert_close(slices[2](slices[1](slices[0](state))), expected)
     torch.testing.assert_close(slices[0].then(slices[1]).then(slices[2])(state), expected)
     torch.testing.assert_close(slices[0].then(slices[1].then(slices[2]))(state), expected)
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_autocast_leaves_states_alone(kind: str) -> None:
+    torch.manual_seed(0)
+    first, second = (Affine(random(TRANSITIONS[kind]).float(), random(STATES[kind]).float()) for _ in range(2))
+    expected = first.then(second)(first.offset)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(first.then(second)(first.offset), expected)

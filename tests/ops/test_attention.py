@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from ops import Layout, attention, local_attention
 from ops.attention import chunked
@@ -201,6 +202,49 @@ def test_local_attention_does_not_work_on_all_pairs() -> None:
     assert largest.numel < 2048 * 2048
 
 
+def test_memory_of_local_attention_is_linear_in_time() -> None:
+    sizes = []
+    for time in (512, 1024, 2048):
+        inputs = {name: z.requires_grad_() for name, z in make_inputs(time, heads=2, groups=1).items()}
+        with LargestTensor() as largest:
+            local_attention(**inputs, window=100, layout=Layout(packed_positions(time)))[0].sum().backward()
+        sizes.append(largest.numel)
+    assert 1.8 <= sizes[1] / sizes[0] <= 2.2
+    assert 1.8 <= sizes[2] / sizes[1] <= 2.2
+
+
+def test_attention_holds_scores_of_no_head() -> None:
+    """What grows with T x T is the mask, which all heads share."""
+    inputs = {name: tensor.requires_grad_() for name, tensor in make_inputs(256).items()}
+    sizes = {}
+    for impl in IMPLS:
+        with LargestTensor() as largest:
+            attention(**inputs, layout=Layout(packed_positions(256)), impl=impl)[0].sum().backward()
+        sizes[impl] = largest.numel
+    assert sizes == {"reference": 2 * 4 * 256 * 256, "chunked": 2 * 256 * 256}
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 5}])
+def test_compiles_whole_and_recomputes(options: dict[str, int]) -> None:
+    """torch.compile without a break in the graph, and activation checkpointing, change no result."""
+    inputs = {name: tensor.requires_grad_() for name, tensor in make_inputs(150, previous=3).items()}
+    positions = packed_positions(150, first=2)
+
+    def loss(layout: Layout, inputs: Inputs) -> Tensor:
+        return attend(**inputs, layout=layout, **options)[0].square().sum()
+
+    expected = loss(Layout(positions), inputs)
+    gradients = torch.autograd.grad(expected, list(inputs.values()))
+    for form in (
+        torch.compile(loss, fullgraph=True, backend="aot_eager"),
+        partial(checkpoint, loss, use_reentrant=False),
+    ):
+        found = form(Layout(positions), inputs)
+        torch.testing.assert_close(found, expected)
+        for a, b in zip(torch.autograd.grad(found, list(inputs.values())), gradients):
+            torch.testing.assert_close(a, b)
+
+
 def test_bf16_keeps_its_dtype() -> None:
     inputs = make_inputs(65, previous=3, dtype=torch.bfloat16)
     exact, _ = attend(**{name: tensor.double() for name, tensor in inputs.items()}, impl="reference")
@@ -237,7 +281,7 @@ def test_a_state_takes_the_dtype_of_the_keys() -> None:
         ({"initial_state": (torch.zeros(2, 5, 1, 8),) * 2}, "initial_state k has shape"),
         ({"initial_state": (torch.zeros(2, 5, 2, 8), torch.zeros(2, 4, 2, 8))}, "initial_state v has shape"),
         ({"layout": Layout(torch.zeros(2, 1, dtype=torch.int64))}, "layout.positions"),
-        ({"impl": "triton"}, "choose one of auto, chunked, reference"),
+        ({"impl": "triton"}, "choose one of auto, chunked, reference, flex, flash_attn"),
     ],
 )
 def test_bad_arguments(wrong: dict[str, Any], message: str) -> None:

@@ -127,7 +127,7 @@ def test_strided_inputs() -> None:
         ({"initial_state": torch.zeros(2, 4, 5)}, r"\[B, W-1, D\] = \[2, 3, 5\]"),
         ({"activation": "gelu"}, "activation is 'gelu'; must be None or 'silu'"),
         ({"layout": Layout(torch.zeros(1, 1, dtype=torch.int64))}, "layout.positions"),
-        ({"impl": "triton"}, "choose one of"),
+        ({"impl": "cudnn"}, "causal_conv1d has no implementation .cudnn.; choose one of auto, chunked, reference"),
     ],
 )
 def test_bad_arguments(wrong: dict[str, Any], message: str) -> None:

@@ -291,7 +291,7 @@ def test_no_final_state_unless_asked() -> None:
         ({"beta": torch.zeros(2, 3, 2, dtype=torch.int64)}, "beta has dtype torch.int64"),
         ({"initial_state": torch.zeros(2, 2, 7, 5)}, r"initial_state has shape.*\[B, HV, K, V\] = \[2, 2, 5, 7\]"),
         ({"layout": Layout(torch.arange(4).repeat(2, 1))}, "layout.positions"),
-        ({"impl": "triton"}, "choose one of auto, chunked, reference"),
+        ({"impl": "tritn"}, "choose one of auto, chunked, fla, reference, triton"),
     ],
 )
 def test_bad_arguments(wrong: dict[str, Any], message: str) -> None:

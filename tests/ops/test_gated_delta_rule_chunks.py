@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ops import Layout
-from ops.gated_delta_rule.decays import chunk_decays
+from ops.gated_delta_rule.decays import chunk_decays, layout_masks
 from ops.gated_delta_rule.inverse import unit_lower_inverse
 
 
@@ -19,7 +19,8 @@ def test_inverse(size: int) -> None:
 def test_decays_are_products_over_their_own_interval() -> None:
     log_decay = -torch.rand(1, 1, 1, 8, dtype=torch.float64)
     log_decay[..., 2], log_decay[..., 5] = -torch.inf, -1e4
-    found = chunk_decays(log_decay, Layout(torch.tensor([[3, 4, 5, 6, 0, 1, 2, 3]])))
+    layout = Layout(torch.tensor([[3, 4, 5, 6, 0, 1, 2, 3]]))
+    found = chunk_decays(log_decay, layout_masks(layout, 8, torch.float64))
     a = log_decay.flatten().exp()
     for t in range(8):
         for s in range(8):

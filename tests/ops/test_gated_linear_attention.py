@@ -120,7 +120,7 @@ def test_gradcheck(monkeypatch: pytest.MonkeyPatch, time: int) -> None:
     inputs = make_inputs(time, batch=1, heads=1, keys=2, values=2)
     starts = packed_positions(time, first=2, cuts=(4, 5))[:1] == 0
     leaves = [tensor.requires_grad_() for tensor in inputs.values()]
-    assert torch.autograd.gradcheck(lambda *z: chunked.GatedLinearAttention.apply(*z, starts, 0.7), leaves)
+    assert torch.autograd.gradcheck(lambda *z: chunked.forward(*z, starts, 0.7)[:2], leaves)
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked"])
@@ -227,7 +227,7 @@ def test_the_naive_op_of_flash_linear_attention(impl: str) -> None:
         ({"initial_state": torch.zeros(2, 3, 4, 5)}, "initial_state"),
         ({"log_decay": torch.zeros(2, 3, 3, 5, dtype=torch.int64)}, "log_decay has dtype torch.int64"),
         ({"layout": Layout(torch.arange(4).repeat(2, 1))}, "layout.positions"),
-        ({"impl": "triton"}, "choose one of auto, chunked, reference"),
+        ({"impl": "tritn"}, "has no implementation 'tritn'; choose one of auto, chunked, "),
     ],
 )
 def test_bad_arguments(wrong: dict[str, Any], message: str) -> None:

@@ -1,28 +1,37 @@
-"""linear_cross_entropy: both forms against torch's cross_entropy, and that full logits never exist."""
+"""linear_cross_entropy: its forms against torch's cross_entropy and as registered ops, and no full logits."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from ops import linear_cross_entropy
-from ops.linear_cross_entropy import chunked
-from ops.linear_cross_entropy.chunked import LinearCrossEntropy
-from tests.ops.compare import Inputs, assert_earned, assert_equal, error, evaluate
+from ops.linear_cross_entropy import chunked, vocabulary_slice
+from ops.linear_cross_entropy import triton as kernels
+from tests.ops.compare import DEVICE, Inputs, assert_earned, assert_equal, error, evaluate
 from tests.ops.largest import LargestTensor
+from tests.ops.vocabulary_slices import assert_slices_make_the_whole
 
 IMPLS = ("reference", "chunked")
+TIERS = ("chunked", "triton")
 # Vocabularies of one tile, of exactly two, and of two and a bit; tokens likewise.
 SIZES = [(1, 1), (7, 50), (20, 64), (32, 70), (41, 131)]
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 16 tokens by 32 entries, so that small cases have several."""
+    """Tiles of 16 tokens by 32 entries, so that small cases have several; of 16 by 64 where they are interpreted."""
     monkeypatch.setattr(chunked, "CPU_TILE", (16, 32))
+    monkeypatch.setattr(chunked, "GPU_TILE", (16, 32))
+    monkeypatch.setattr(kernels, "TILE", (16, 64))
 
 
 def make_inputs(tokens: int, entries: int, dtype: torch.dtype = torch.float64) -> Inputs:
@@ -36,8 +45,8 @@ def make_labels(tokens: int, entries: int) -> Tensor:
     return labels
 
 
-def both(x: Tensor, weight: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    return linear_cross_entropy(x, weight, **options)
+def both(x: Tensor, weight: Tensor, *, labels: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    return linear_cross_entropy(x, weight, labels.to(x.device), **options)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -60,11 +69,30 @@ def test_chunked_equals_reference(tokens: int, entries: int, cap: float | None) 
     assert_earned(op, inputs)
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    tokens=st.integers(1, 40),
+    entries=st.integers(1, 90),
+    tile=st.tuples(st.integers(1, 50), st.integers(1, 100)),
+    seed=st.integers(0, 99),
+)
+def test_any_size_and_tile(tokens: int, entries: int, tile: tuple[int, int], seed: int) -> None:
+    """Equal to the reference; and tokens in another order give the same results in that order."""
+    torch.manual_seed(seed)
+    inputs, labels, order = make_inputs(tokens, entries), make_labels(tokens, entries), torch.randperm(tokens)
+    with mock.patch.object(chunked, "CPU_TILE", tile), mock.patch.object(chunked, "GPU_TILE", tile):
+        found = linear_cross_entropy(**inputs, labels=labels, impl="chunked")
+        permuted = linear_cross_entropy(inputs["x"][order], inputs["weight"], labels[order], impl="chunked")
+    for a, b, c in zip(found, permuted, linear_cross_entropy(**inputs, labels=labels, impl="reference")):
+        torch.testing.assert_close(a, c)
+        torch.testing.assert_close(a[order], b)
+
+
 @pytest.mark.parametrize("cap", [None, 2.0])
 def test_gradcheck(cap: float | None) -> None:
     inputs, labels = make_inputs(5, 40), torch.tensor([0, 39, -100, 31, 32])
     leaves = [tensor.requires_grad_() for tensor in inputs.values()]
-    assert torch.autograd.gradcheck(lambda x, w: LinearCrossEntropy.apply(x, w, labels, cap, torch.float64), leaves)
+    assert torch.autograd.gradcheck(lambda x, w: both(x, w, labels=labels, logit_soft_cap=cap), leaves)
 
 
 def test_large_logits_do_not_overflow() -> None:
@@ -102,18 +130,75 @@ def test_full_logits_never_exist() -> None:
         nll, log_z = linear_cross_entropy(**inputs, labels=make_labels(tokens, entries))
         (nll + log_z.square()).sum().backward()
     assert largest.numel == entries * 12 < tokens * entries  # the gradient of the weight
-    # x and weight, labels, log_z; its square for the loss
-    assert sorted(kept) == [tokens] * 3 + [tokens * 12, entries * 12]
+    # x and weight; labels, log-sum-exp, where there is a target, twice; the square for the loss
+    assert sorted(kept) == [tokens] * 5 + [tokens * 12, entries * 12]
 
 
+@pytest.mark.parametrize(("entries", "slices"), [(131, 2), (131, 3), (131, 5), (33, 5), (8, 5)])
 @pytest.mark.parametrize("impl", IMPLS)
+def test_slices_of_the_vocabulary_make_the_whole(impl: str, entries: int, slices: int) -> None:
+    assert_slices_make_the_whole(make_inputs(20, entries), make_labels(20, entries), slices, impl=impl)
+
+
+def test_a_wrong_start_of_a_slice_is_caught() -> None:
+    with pytest.raises(AssertionError):
+        assert_slices_make_the_whole(make_inputs(20, 33), make_labels(20, 33), 3, impl="chunked", first=1)
+
+
+def loss(x: Tensor, weight: Tensor, labels: Tensor, impl: str) -> Tensor:
+    nll, log_z = linear_cross_entropy(x, weight, labels, logit_soft_cap=3.0, impl=impl)
+    return nll.sum() + 0.1 * log_z.square().sum()
+
+
+@pytest.mark.parametrize("impl", TIERS)
+def test_compiles_whole_and_recomputes(impl: str) -> None:
+    """torch.compile without a break in the graph, and activation checkpointing, change no result."""
+    leaves = [tensor.to(DEVICE).requires_grad_() for tensor in make_inputs(17, 70, torch.float32).values()]
+    labels = make_labels(17, 70).to(DEVICE)
+    expected = loss(*leaves, labels, impl)
+    gradients = torch.autograd.grad(expected, leaves)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    recomputed = partial(checkpoint, loss, use_reentrant=False)
+    for form in (compiled, recomputed):
+        found = form(*leaves, labels, impl)
+        torch.testing.assert_close(found, expected)
+        for a, b in zip(torch.autograd.grad(found, leaves), gradients):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("impl", TIERS)
+def test_registered_ops(impl: str) -> None:
+    x, weight = (tensor.to(DEVICE).requires_grad_() for tensor in make_inputs(3, 5, torch.float32).values())
+    labels = torch.tensor([0, 4, -100], device=DEVICE)
+    op = getattr(torch.ops.rondo, f"linear_cross_entropy_{impl}_forward")
+    for cap in (None, 3.0):
+        torch.library.opcheck(op, (x, weight, labels, 0, cap, torch.float32))
+    numbers = torch.randn(3, 3, device=DEVICE).unbind()
+    op = getattr(torch.ops.rondo, f"linear_cross_entropy_{impl}_backward")
+    torch.library.opcheck(op, (*numbers, x.detach(), weight.detach(), labels, 0, None, torch.float32))
+
+
+@pytest.mark.parametrize("impl", TIERS)
+def test_transposed_weight_compiles(impl: str) -> None:
+    """Gradients are contiguous, as the fake implementation says, however their arguments lie in memory."""
+    x, weight = torch.randn(9, 12, device=DEVICE), torch.randn(12, 30, device=DEVICE, requires_grad=True)
+    labels = torch.arange(9, device=DEVICE)
+
+    def gradient(form: Callable[..., Tensor]) -> Tensor:
+        return torch.autograd.grad(form(x, weight.T, labels, impl), weight)[0]
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(gradient(compiled), gradient(loss))
+
+
+@pytest.mark.parametrize("impl", ["reference", *TIERS])
 def test_autocast_rounds_operands_and_nothing_else(impl: str) -> None:
     """Products of operands rounded to bf16, summed in fp32; gradients in the dtypes of the arguments."""
-    inputs, labels = make_inputs(64, 200, torch.float32), make_labels(64, 200)
+    inputs, labels = make_inputs(33, 130, torch.float32), make_labels(33, 130)
     op = partial(both, labels=labels)
     rounded = {name: tensor.bfloat16().double() for name, tensor in inputs.items()}
     exact = evaluate(op, rounded, impl="reference")
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         results = evaluate(op, inputs, impl=impl)
     assert {tensor.dtype for tensor in results.values()} == {torch.float32}
     assert error(results["output"], exact["output"]) <= 1e-6
@@ -136,6 +221,12 @@ def test_bf16_arguments() -> None:
     assert error(results["d weight"], exact["d weight"]) <= 2**-7
 
 
+def test_num_entries_beyond_the_slice() -> None:
+    inputs, labels = make_inputs(3, 5), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"num_entries is 6; must be 0 \.\.\. N = 5"):
+        vocabulary_slice(**inputs, labels=labels, num_entries=6)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -144,7 +235,7 @@ def test_bf16_arguments() -> None:
         ({"labels": torch.zeros(3, dtype=torch.int32)}, "labels have dtype torch.int32; must be torch.int64"),
         ({"weight": torch.zeros(5, 1, 12)}, "weight has shape"),
         ({"logit_soft_cap": 0.0}, "logit_soft_cap is 0.0; must be > 0"),
-        ({"impl": "triton"}, "choose one of"),
+        ({"impl": "fla"}, "choose one of"),
     ],
 )
 def test_bad_arguments(wrong: dict[str, Any], message: str) -> None:

@@ -1,0 +1,20 @@
+"""What modules tell about their last call, for the run's log."""
+
+import torch
+from torch import Tensor, nn
+
+
+def module_metrics(model: nn.Module) -> dict[str, float]:
+    """By name, the largest of the figures that modules of the model give by `metrics() -> {name: scalar tensor}`.
+
+    They are of this rank's last microbatch. All are read from the device at once, so that only who asks waits for it.
+    """
+    values: dict[str, list[Tensor]] = {}
+    for module in model.modules():
+        tell = getattr(module, "metrics", None)
+        for name, value in (tell() if callable(tell) else {}).items():
+            values.setdefault(name, []).append(value)
+    if not values:
+        return {}
+    largest = torch.stack([torch.stack(figures).max() for figures in values.values()])
+    return dict(zip(values, largest.tolist()))
