@@ -34,8 +34,10 @@ from ops import checked_values
 from parallel.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from parallel.engine import Engine, StepResult
 from parallel.grid import Grid, everywhere, init_distributed
+from parallel.partition import build_model
 from training.environment import describe_environment, peak_flops
 from training.log import RunLog, format_table
+from training.metrics import module_metrics
 from training.schedule import learning_rate
 
 T = TypeVar("T")
@@ -91,8 +93,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(run: RunConfig) -> None:
     stop_signal = StopSignal()
-    grid = init_distributed(run.parallel.timeout_minutes)
+    ranks = init_distributed(run.parallel.timeout_minutes)
+    grid = agreed(ranks, lambda: ranks.arranged(sequence=run.parallel.sequence, tensor=run.parallel.tensor))
     tokenizer_path = agreed(grid, lambda: check_run(run, grid))
+    model, blueprint, partition = agreed(
+        grid, lambda: build_model(run.model, grid, seed=run.train.seed, sequence_length=run.data.sequence_length)
+    )
     checkpoint, progress = choose_start(run, grid, tokenizer_path)
     first_step = progress["step"]
     agreed(grid, lambda: make_directory(run))
@@ -105,8 +111,6 @@ def train(run: RunConfig) -> None:
         dp_size=grid.dp_size,
         vocab_size=run.model.vocab_size,
     )
-    with torch.device(grid.device):
-        model = LM(run.model, seed=run.train.seed, device_type=grid.device.type)
     engine = Engine(
         model,
         grid=grid,
@@ -116,13 +120,14 @@ def train(run: RunConfig) -> None:
         z_loss=run.train.z_loss,
         micro_batch_size=run.train.micro_batch_size,
         num_microbatches=run.train.batch_size // (run.train.micro_batch_size * grid.dp_size),
+        partition=partition,
     )
     if checkpoint is not None:
         load_checkpoint(engine, checkpoint, verified=True)
     tokenizer = Tokenizer(tokenizer_path) if tokenizer_path is not None else None
-    topology = {"world_size": grid.world_size, "data_parallel": grid.dp_size}
+    topology = {"world_size": grid.world_size} | {name: axis.size for name, axis in grid.axes.items()}
     environment = describe_environment(topology) if grid.is_lead else {}
-    log = agreed(grid, lambda: open_run(run, grid, model, first_step, environment, tokenizer_path))
+    log = agreed(grid, lambda: open_run(run, grid, blueprint, first_step, environment, tokenizer_path))
     log.event(first_step, "resumed" if checkpoint else "started", f"from {checkpoint}" if checkpoint else "")
 
     def save(step: int) -> None:
@@ -142,7 +147,7 @@ def train(run: RunConfig) -> None:
 
     peak = peak_flops(grid.device)
     tokens_per_step = run.train.batch_size * run.data.sequence_length
-    flops_per_step = 3 * model.flops_per_token(run.data.sequence_length) * tokens_per_step
+    flops_per_step = 3 * blueprint.flops_per_token(run.data.sequence_length) * tokens_per_step
     batches = loader.batches(progress["consumed_samples"])
     for step in range(first_step + 1, run.train.steps + 1):  # the step that this iteration completes
         start = time.perf_counter()
@@ -161,7 +166,8 @@ def train(run: RunConfig) -> None:
         log.progress(result.loss, tokens_per_step / seconds)
         if step % run.log.every == 0 or last:
             utilisation = flops_per_step / seconds / (peak * grid.world_size) if peak else None
-            log.metrics(step_metrics(run, progress, result, lr, tokens_per_step / seconds, seconds, utilisation, grid))
+            values = step_metrics(run, progress, result, lr, tokens_per_step / seconds, seconds, utilisation, grid)
+            log.metrics(values | module_metrics(model))
         if result.stop or last or step % run.checkpoint.every == 0:
             save(step)
         if run.eval.every is not None and (step % run.eval.every == 0 or last) and not result.stop:
@@ -187,6 +193,11 @@ def check_run(run: RunConfig, grid: Grid) -> Path | None:
     if run.eval.prompts and tokenizer_path is None:
         raise ConfigError(
             "eval.prompts: given, but the data have no tokenizer; set data.tokenizer or clear the prompts"
+        )
+    if run.eval.prompts and run.parallel.sequence * run.parallel.tensor > 1:
+        raise ConfigError(
+            "eval.prompts: given, but no rank holds the whole model or row under parallel.sequence or parallel.tensor; "
+            "clear the prompts, and generate from a checkpoint (python -m eval.generate)"
         )
     if run.checkpoint.resume == "none" and (run.directory / "config.yaml").exists():
         raise ConfigError(

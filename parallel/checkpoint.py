@@ -111,7 +111,7 @@ def load_checkpoint(engine: Engine, path: Path, *, verified: bool = False) -> di
             engine is unchanged then.
     """
     grid, state = engine.grid, engine.state
-    shapes = {name: parameter.shape for name, parameter in state.parameters.items()}
+    shapes = state.shapes
     if not verified:
         _verify(grid, path)
     meta = everywhere(grid, lambda: _read_training_meta(path, shapes), CheckpointError)
@@ -173,7 +173,7 @@ def _describe(engine: Engine) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "model": dataclasses.asdict(engine.module.config),
-        "parameters": {name: list(parameter.shape) for name, parameter in engine.state.parameters.items()},
+        "parameters": {name: list(shape) for name, shape in engine.state.shapes.items()},
         "num_updates": engine.state.num_updates,
         "precision": engine.precision,
         "zero_stage": engine.parallel.zero_stage,
@@ -185,9 +185,9 @@ def _owners(state: TrainingState, world_size: int) -> dict[str, int]:
     """The rank that keeps each parameter's tensors: the largest first, to the rank with the least so far."""
     loads = [(0, rank) for rank in range(world_size)]
     owners = {}
-    for name, parameter in sorted(state.parameters.items(), key=lambda item: (-item[1].numel(), item[0])):
+    for name, shape in sorted(state.shapes.items(), key=lambda item: (-item[1].numel(), item[0])):
         load, rank = heapq.heappop(loads)
-        heapq.heappush(loads, (load + parameter.numel(), rank))
+        heapq.heappush(loads, (load + shape.numel(), rank))
         owners[name] = rank
     return owners
 

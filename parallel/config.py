@@ -103,6 +103,9 @@ DEFAULTS = {
 class ParallelConfig:
     """
     Attributes:
+        sequence: ranks that share each row, a slice of its tokens each.
+        tensor: ranks that share each layer, some of its heads, channels and hidden units each. What is left of the
+            ranks works on different rows.
         zero_stage: what the data-parallel ranks split among them: 0 nothing, 1 optimizer moments and master weights,
             2 gradients besides.
         timeout_minutes: how long a rank waits for the others before it gives up.
@@ -110,11 +113,16 @@ class ParallelConfig:
             `{zero_optimization: {overlap_comm: true}}`.
     """
 
+    sequence: int = 1
+    tensor: int = 1
     zero_stage: int = 1
     timeout_minutes: float = 30.0
     engine: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for key in ("sequence", "tensor"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}: {getattr(self, key)}; must be at least 1")
         if self.zero_stage not in (0, 1, 2):
             raise ValueError(f"zero_stage: {self.zero_stage}; must be 0, 1 or 2")
         if self.timeout_minutes <= 0:

@@ -16,9 +16,13 @@ from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from torch import Tensor, nn
 
 from models.lm import LM
+from parallel.axes import Axis
+from parallel.collectives import all_gather, all_reduce
 from parallel.config import ParallelConfig, deepspeed_config
 from parallel.grid import Grid
+from parallel.partition import Partition
 from parallel.state import TrainingState
+from parallel.tensor import counts, is_cut
 from training.config import OptimizerConfig, Precision
 from training.optimizer import parameter_groups
 
@@ -60,8 +64,8 @@ class Engine:
     """Trains a model: `step` is forward, backward, reduction, clipping and update.
 
     Args:
-        model: called as `model(input_ids, positions, labels) -> (nll [B, T], log_z [B, T])`; its weights must be equal
-            on all ranks. Moved to the grid's device.
+        model: called as `model(input_ids, positions, labels) -> (nll [B, T], log_z [B, T])` on this rank's slice of the
+            rows; its weights must be equal on all ranks that hold the same. Moved to the grid's device.
         grid: the processes.
         parallel: how state is split over them.
         optimizer: AdamW's settings; the learning rate comes with each step instead.
@@ -69,6 +73,7 @@ class Engine:
         z_loss: weight of the mean squared log normaliser in the objective.
         micro_batch_size: rows of a microbatch.
         num_microbatches: microbatches of a step on each rank.
+        partition: how the model is cut over tensor ranks; None where every rank holds all of it.
 
     Attributes:
         module: the model.
@@ -90,6 +95,7 @@ class Engine:
         z_loss: float,
         micro_batch_size: int,
         num_microbatches: int,
+        partition: Partition | None = None,
     ) -> None:
         self.grid = grid
         self.parallel = parallel
@@ -114,9 +120,11 @@ class Engine:
             eps=optimizer.eps,
             fused=True,
         )
-        self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self._adamw, config=config)
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=model, optimizer=self._adamw, config=config, mpu=ModelParallelUnit(grid)
+        )
         self._clip_norm = optimizer.clip_norm or float("inf")
-        self.state = TrainingState(model, self._adamw, self._deepspeed.optimizer)
+        self.state = TrainingState(model, self._adamw, self._deepspeed.optimizer, partition)
 
     def step(self, microbatches: Sequence[Batch], lr: float, stop: bool = False) -> StepResult:
         """One optimizer step over the microbatches of all ranks. Collective.
@@ -133,7 +141,8 @@ class Engine:
         counts = torch.stack([tokens, torch.full_like(tokens, stop)])
         dist.all_reduce(counts)
         tokens, stops = counts.unbind()
-        scale = self.grid.dp_size / tokens.clamp(min=1)
+        tokens = tokens // self.grid.axes["tensor"].size  # which all count the same
+        scale = self.grid.axes["replicas"].size / tokens.clamp(min=1)
         for group in self._adamw.param_groups:
             group["lr"] = lr
 
@@ -149,24 +158,29 @@ class Engine:
         if self.parallel.zero_stage > 0:
             grad_norm = self._deepspeed.get_global_grad_norm()
 
-        dist.all_reduce(sums)
+        sums = all_reduce(sums, self.grid.axes["replicas"])
         loss, z_loss = (sums / tokens.clamp(min=1)).tolist()
         return StepResult(loss=loss, z_loss=z_loss, grad_norm=float(grad_norm), tokens=int(tokens), stop=bool(stops))
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
-        """Negative log likelihood of this rank's rows, fp32 `[B, T]`, 0 where there is no target."""
+        """Negative log likelihood of this rank's rows, fp32 `[B, T]`, 0 where there is no target. Collective."""
         self.module.eval()
         try:
             nll, _ = self._deepspeed(*self._to_device(batch))
         finally:
             self.module.train()
-        return nll
+        return torch.cat(all_gather(nll, self.grid.axes["sequence"]).unbind(0), dim=1)
 
     def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The model's arguments."""
+        """The model's arguments: of the rows, this rank's slice."""
+        axis = self.grid.axes["sequence"]
+        time = batch.labels.shape[1]
+        if time % axis.size:
+            raise ValueError(f"data.sequence_length: {time}; must be a multiple of parallel.sequence ({axis.size})")
+        here = slice(axis.index * time // axis.size, (axis.index + 1) * time // axis.size)
         input_ids, positions, labels = (
-            tensor.to(self.grid.device, non_blocking=True)
+            tensor[:, here].to(self.grid.device, non_blocking=True)
             for tensor in (batch.input_ids, batch.positions, batch.labels)
         )
         return input_ids, positions, labels
@@ -176,10 +190,41 @@ class Engine:
 
         Gradients that are not finite are dropped, as ZeRO drops them: AdamW passes over parameters without one.
         """
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._clip_norm)
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        axis = self.grid.axes["tensor"]
+        parts = [p.grad for p in parameters if p.grad is not None and is_cut(p) and counts(p)]
+        whole = [p.grad for p in parameters if p.grad is not None and not is_cut(p)]
+        of_parts, of_whole = (nn.utils.get_total_norm(part).square().to(self.grid.device) for part in (parts, whole))
+        norm = (all_reduce(of_parts, axis) + of_whole).sqrt()
+        nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
         if not norm.isfinite():
             self.module.zero_grad(set_to_none=True)
         return norm
+
+
+class ModelParallelUnit:
+    """The tensor axis, under the names by which DeepSpeed asks for it."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._tensor, self._replicas = grid.axes["tensor"], grid.axes["replicas"]
+
+    def get_model_parallel_rank(self) -> int:
+        return self._tensor.index
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._tensor.size
+
+    def get_model_parallel_group(self) -> Any:
+        return self._tensor.group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._replicas.index
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._replicas.size
+
+    def get_data_parallel_group(self) -> Any:
+        return self._replicas.group
 
 
 def _require_valid(config: dict[str, Any], parallel: ParallelConfig) -> None:
@@ -197,17 +242,22 @@ def _require_valid(config: dict[str, Any], parallel: ParallelConfig) -> None:
 
 
 def _require_equal_weights(model: nn.Module, grid: Grid) -> None:
-    """Raises ValueError if any parameter's bits sum to something else on another rank.
+    """Raises ValueError if any parameter's bits sum to something else on another rank that holds the same.
 
     DeepSpeed would overwrite them all with the first rank's, and hide that ranks were built differently.
     """
-    names, parameters = zip(*model.named_parameters())
-    assert all(p.dtype == torch.float32 for p in parameters), "parameters are fp32 in every precision"
-    sums = torch.stack([p.detach().view(torch.int32).sum() for p in parameters])  # int64
-    extremes = torch.cat([sums, -sums])
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-    highest, negated_lowest = extremes.chunk(2)
-    different = [name for name, equal in zip(names, (highest == -negated_lowest).tolist()) if not equal]
+    different: list[str] = []
+    for wanted, axis in (
+        (True, grid.axes["replicas"]),
+        (False, Axis("world", grid.rank, tuple(range(grid.world_size)))),
+    ):
+        parameters = {name: p for name, p in model.named_parameters() if is_cut(p) == wanted}
+        if not parameters:
+            continue
+        assert all(p.dtype == torch.float32 for p in parameters.values()), "parameters are fp32 in every precision"
+        sums = torch.stack([p.detach().view(torch.int32).sum() for p in parameters.values()])  # int64
+        highest, negated_lowest = all_reduce(torch.cat([sums, -sums]), axis, dist.ReduceOp.MAX).chunk(2)
+        different += [name for name, equal in zip(parameters, (highest == -negated_lowest).tolist()) if not equal]
     if different:
         raise ValueError(
             f"rank {grid.rank}: initial weights differ between ranks in {len(different)} parameters, first in "

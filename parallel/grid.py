@@ -1,15 +1,18 @@
 """The process grid: which rank this is, on which device, and who it works with."""
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from parallel.axes import AXES, Axis, make_axes
 
 T = TypeVar("T")
 
@@ -21,29 +24,55 @@ class Grid:
     Attributes:
         rank, world_size: over all processes.
         local_rank: on this machine; chooses the GPU.
-        dp_rank, dp_size: along the data axis.
         device: where this process computes.
+        axes: the process grid's, by name (`parallel/axes.py`); all ranks along the data axis unless `arranged`.
     """
 
     rank: int
     world_size: int
     local_rank: int
-    dp_rank: int
-    dp_size: int
     device: torch.device
+    axes: dict[str, Axis] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.axes:
+            sizes = dict.fromkeys(AXES, 1) | {"data": self.world_size}
+            object.__setattr__(self, "axes", make_axes(self.rank, sizes))
+
+    def arranged(self, *, sequence: int = 1, tensor: int = 1) -> "Grid":
+        """The same ranks with so many along the sequence and tensor axes, the rest along the data axis.
+
+        Raises:
+            ValueError: the ranks do not divide by the two.
+        """
+        if self.world_size % (sequence * tensor):
+            fitting = ", ".join(str(n) for n in range(1, self.world_size + 1) if self.world_size % n == 0)
+            raise ValueError(
+                f"parallel.sequence x parallel.tensor: {sequence} x {tensor}; must divide the {self.world_size} ranks: "
+                f"choose a product among {fitting}, or start a multiple of {sequence * tensor} ranks"
+            )
+        sizes = {"pipeline": 1, "sequence": sequence, "tensor": tensor}
+        sizes["data"] = self.world_size // (sequence * tensor)
+        return dataclasses.replace(self, axes=make_axes(self.rank, sizes))
+
+    @property
+    def dp_rank(self) -> int:
+        """This rank's place along the data axis: which rows it works on."""
+        return self.axes["data"].index
+
+    @property
+    def dp_size(self) -> int:
+        return self.axes["data"].size
 
     @property
     def is_lead(self) -> bool:
         """Whether this process writes what is written once."""
         return self.rank == 0
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` holds on any rank. Collective; a CPU tensor travels, so no device waits."""
-        return bool(self.sum(torch.tensor([float(flag)])).item())
-
     def sum(self, values: Tensor) -> Tensor:
-        """Element-wise sum over the data-parallel ranks, in place. Collective."""
-        dist.all_reduce(values)
+        """Element-wise sum over the data axis, in place. Collective."""
+        if self.dp_size > 1:
+            dist.all_reduce(values, group=self.axes["data"].group)
         return values
 
     def broadcast(self, value: Any) -> Any:
@@ -105,9 +134,7 @@ def init_distributed(timeout_minutes: float = 30.0) -> Grid:
     store, rank, world_size = _rendezvous(timeout)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     _join_deepspeed()
-    return Grid(
-        rank=rank, world_size=world_size, local_rank=local_rank, dp_rank=rank, dp_size=world_size, device=device
-    )
+    return Grid(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
 
 
 def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:

@@ -12,6 +12,8 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from models.checkpoint import Kind
+from parallel.collectives import all_gather
+from parallel.partition import Partition
 
 
 class TrainingState:
@@ -24,10 +26,14 @@ class TrainingState:
         module: the model; `parameters` of it are named as it names them, a tied one once.
         adamw: the optimizer that updates it, over the tensors that ZeRO made of the parameters.
         zero: DeepSpeed's optimizer; `adamw` itself without ZeRO.
+        partition: how the model is cut over tensor ranks; None where it is not.
     """
 
-    def __init__(self, module: nn.Module, adamw: torch.optim.AdamW, zero: Any) -> None:
+    def __init__(
+        self, module: nn.Module, adamw: torch.optim.AdamW, zero: Any, partition: Partition | None = None
+    ) -> None:
         self.parameters = dict(module.named_parameters())
+        self._partition = partition
         self._adamw = adamw
         self._partitioned = zero is not adamw
         for tensor in self._updated_tensors():
@@ -51,9 +57,23 @@ class TrainingState:
         for tensor in self._updated_tensors():
             self._adamw.state[tensor]["step"].fill_(count)
 
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of the whole parameters."""
+        if self._partition is not None:
+            return self._partition.shapes
+        return {name: parameter.shape for name, parameter in self.parameters.items()}
+
     @torch.no_grad()
     def gather(self, name: str, kind: Kind) -> Tensor:
-        """The whole tensor, in the parameter's shape. Collective; not to be written to."""
+        """The whole tensor, in the whole parameter's shape. Collective; not to be written to."""
+        part = self._gather_replicas(name, kind)
+        if self._partition is None or name not in self._partition.cuts:
+            return part
+        return self._partition.whole(name, all_gather(part, self._partition.axis).unbind(0))
+
+    def _gather_replicas(self, name: str, kind: Kind) -> Tensor:
+        """What ZeRO cut up over the ranks that hold the same part."""
         parameter = self.parameters[name]
         if not self._partitioned:
             return parameter.detach() if kind == "weight" else self._adamw.state[parameter][kind]
@@ -65,6 +85,8 @@ class TrainingState:
     def assign(self, name: str, kind: Kind, value: Tensor) -> None:
         """Takes over what this rank holds of the whole tensor `value`. To be called on every rank."""
         parameter = self.parameters[name]
+        if self._partition is not None:
+            value = self._partition.part(name, value)
         if kind == "weight":
             parameter.copy_(value)
             if self._partitioned:

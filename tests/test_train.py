@@ -258,6 +258,19 @@ def test_a_run_begun_from_another_checkpoint_goes_on_from_its_own(finished: Path
     assert curve(tmp_path / "branch")[6][0] == pytest.approx(curve(finished)[6][0], rel=1e-6)
 
 
+def test_logged_steps_tell_how_nonlinear_recurrences_were_solved(corpus: Path, tmp_path: Path) -> None:
+    rows = "train.batch_size=1", "train.micro_batch_size=1", "data.sequence_length=512", "eval.every=9"
+    layers = "model.layers=[paralstm, paralstm]", "model.mixers={paralstm: {width: 32}}"
+    result = run(command(corpus, tmp_path, *layers, *rows, "train.steps=3", "log.every=2", "eval.prompts=[]"))
+    assert result.returncode == 0, result.stderr
+    logged = [row for row in metrics(tmp_path / "tiny") if "loss" in row]
+    assert [row["step"] for row in logged] == [2, 3]
+    for row in logged:
+        assert 1 <= row["corrections"] <= 3
+        assert 0 <= row["residual"] <= 1e-6
+        assert row["sequential_channels"] == 0
+
+
 @pytest.mark.parametrize("checked", [True, False])
 def test_values_are_checked_on_request(
     checked: bool, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -196,15 +196,18 @@ def test_evaluation_leaves_training_alone(ranks):
     assert training
 
 
-def stopping(grid: Grid) -> list[tuple[Any, int]]:
+def stopping(grid: Grid) -> list[tuple[Any, tuple[int, int]]]:
     """Steps with nobody, the second and every rank asking for a stop, and the engine's own collectives in each."""
     outcomes = []
     for stage in (0, 1, 2):
         engine = tiny_engine(grid, zero_stage=stage)
         for step, stop in enumerate((False, grid.rank == 1, True)):
-            with mock.patch("parallel.engine.dist", wraps=dist) as collectives:
+            with (
+                mock.patch("parallel.engine.dist", wraps=dist) as before,
+                mock.patch("parallel.collectives.dist", wraps=dist) as after,
+            ):
                 result = engine.step(microbatches(grid, step, 1), 1e-2, stop=stop)
-            outcomes.append((result, len(collectives.mock_calls)))
+            outcomes.append((result, (len(before.mock_calls), len(after.mock_calls))))
     return outcomes
 
 
@@ -213,7 +216,7 @@ def test_a_stop_on_any_rank_is_known_to_all_and_changes_nothing_else(ranks, refe
     assert first == second
     assert [result.stop for result, _ in first] == [False, True, True] * 3
     assert [result.tokens for result, _ in first] == [tokens for *_, tokens in reference[:3]] * 3
-    assert {count for _, count in first} == {2}, "one for the counts before the step, one for the sums after it"
+    assert {counts for _, counts in first} == {(1, 1)}, "one for the counts before the step, one for the sums after it"
 
 
 def refusals(grid: Grid) -> list[str]:

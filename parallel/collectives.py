@@ -1,0 +1,179 @@
+"""Exchanges along one axis, with the backward that makes gradients those of one process.
+
+Along an axis of one rank all are the identity and send nothing.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.axes import Axis
+from parallel.traffic import record
+
+
+def copy_to(x: Tensor, axis: Axis) -> Tensor:
+    """x, equal on all ranks, into work that differs between them: their gradients are summed."""
+    return _Copy.apply(x, axis) if axis.size > 1 else x
+
+
+def reduce_from(x: Tensor, axis: Axis) -> Tensor:
+    """The sum of all ranks' x, whose gradient is equal on all."""
+    return _Reduce.apply(x, axis) if axis.size > 1 else x
+
+
+def gather(x: Tensor, axis: Axis) -> Tensor:
+    """[ranks, *x.shape]: everybody's x; the gradient that a rank gets is the sum of what all ranks found for its x."""
+    return _Gather.apply(x, axis) if axis.size > 1 else x.unsqueeze(0)
+
+
+def exchange(x: Tensor, axis: Axis, split: int, join: int) -> Tensor:
+    """Cut x along dim `split` into one part a rank, hand each rank its part, and join what arrives along `join`."""
+    return _Exchange.apply(x, axis, split, join) if axis.size > 1 else x
+
+
+def from_previous(x: Tensor, axis: Axis, distance: int = 1) -> Tensor:
+    """The x of the rank `distance` before this one, zeros on the first; its gradient travels back."""
+    return _Shift.apply(x, axis, distance) if axis.size > 1 else torch.zeros_like(x)
+
+
+def receive(like: Tensor, axis: Axis) -> Tensor:
+    """What the rank before this one passes to `send`, shaped as `like`; its gradient travels back there."""
+    return _Receive.apply(like.requires_grad_(), axis)
+
+
+def send(y: Tensor, x: Tensor, axis: Axis) -> Tensor:
+    """y as it is; x goes to the next rank, and its gradient comes back in the backward pass of y."""
+    return _Send.apply(y, x, axis)
+
+
+def all_reduce(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """The reduction of all ranks' x in a tensor of its own, outside autograd."""
+    x = x.detach().contiguous().clone()
+    if axis.size > 1:
+        record(axis, "all_reduce", x)
+        dist.all_reduce(x, op=op, group=axis.group)
+    return x
+
+
+def all_gather(x: Tensor, axis: Axis) -> Tensor:
+    """[ranks, *x.shape], outside autograd."""
+    x = x.detach().contiguous()
+    if axis.size == 1:
+        return x.unsqueeze(0)
+    record(axis, "all_gather", x)
+    gathered = x.new_empty(axis.size, *x.shape)
+    dist.all_gather_into_tensor(gathered.flatten(0, 1) if x.dim() else gathered, x if x.dim() else x[None], axis.group)
+    return gathered
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(dx, ctx.axis), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        return all_reduce(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        return dx, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        axis, dx = ctx.axis, dx.contiguous()
+        record(axis, "reduce_scatter", dx)
+        own = dx.new_empty(dx.shape[1:])
+        dist.reduce_scatter_tensor(own.view(-1), dx.view(-1), group=axis.group)
+        return own, None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, split: int, join: int) -> Tensor:
+        ctx.arguments = axis, split, join
+        return _all_to_all(x, axis, split, join)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None, None]:
+        axis, split, join = ctx.arguments
+        return _all_to_all(dx, axis, join, split), None, None, None
+
+
+def _all_to_all(x: Tensor, axis: Axis, split: int, join: int) -> Tensor:
+    parts = torch.stack(x.chunk(axis.size, dim=split))
+    record(axis, "all_to_all", parts)
+    arrived = torch.empty_like(parts)
+    dist.all_to_all_single(arrived, parts, group=axis.group)
+    return torch.cat(arrived.unbind(0), dim=join)
+
+
+class _Shift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, distance: int) -> Tensor:
+        ctx.arguments = axis, distance
+        return _send(x, axis, distance)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
+        axis, distance = ctx.arguments
+        return _send(dx, axis, -distance), None, None
+
+
+class _Receive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, like: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        x = torch.empty_like(like)
+        dist.recv(x, axis.ranks[axis.index - 1], axis.group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[None, None]:
+        record(ctx.axis, "send", dx)
+        dist.send(dx.contiguous(), ctx.axis.ranks[ctx.axis.index - 1], ctx.axis.group)
+        return None, None
+
+
+class _Send(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis, ctx.like = axis, torch.empty_like(x)
+        record(axis, "send", x)
+        dist.send(x.contiguous(), axis.ranks[axis.index + 1], axis.group)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        dist.recv(ctx.like, ctx.axis.ranks[ctx.axis.index + 1], ctx.axis.group)
+        return dy, ctx.like, None
+
+
+def _send(x: Tensor, axis: Axis, distance: int) -> Tensor:
+    """Send x to the rank `distance` after this one; what the rank `distance` before it sent, zeros where none is."""
+    x, received = x.contiguous(), torch.zeros_like(x)
+    works = []
+    if 0 <= axis.index + distance < axis.size:
+        record(axis, "send", x)
+        works.append(dist.P2POp(dist.isend, x, axis.ranks[axis.index + distance], axis.group))
+    if 0 <= axis.index - distance < axis.size:
+        works.append(dist.P2POp(dist.irecv, received, axis.ranks[axis.index - distance], axis.group))
+    for work in dist.batch_isend_irecv(works) if works else []:
+        work.wait()
+    return received
