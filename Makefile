@@ -35,11 +35,14 @@ $(VENV)/.dev: $(VENV)/.run
 demo: $(VENV)/.run
 	$(PY) -m eval.demo
 
+# Two processes, a file of tests at a time: what a file sets up once stays in one process.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+
 test: setup
-	$(PY) -m pytest
+	$(PYTEST)
 
 test-all: setup
-	$(PY) -m pytest -m 'slow or not slow'
+	$(PYTEST) -m 'slow or not slow'
 
 check: setup
 	$(PY) -m ruff format --check .

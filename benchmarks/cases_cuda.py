@@ -174,13 +174,15 @@ def convolution(draw: Inputs, batch: int, time: int, width: int, peers: bool) ->
             from causal_conv1d import causal_conv1d_fn
 
             others["causal-conv1d"] = lambda x, weight, bias: causal_conv1d_fn(x.mT, weight, bias, activation="silu").mT
+    forward, backward = work.elementwise(batch * time * width, BF16)
     return Case(
         name=f"causal_conv1d B{batch} T{time} D{width} W{taps} silu",
         inputs=inputs,
         oracle=form(causal_conv1d, "chunked", activation="silu"),
         contenders={"triton": form(causal_conv1d, "triton", activation="silu"), **others},
         tolerance=BF16_TOLERANCE,
-        **dict(zip(("forward", "backward"), work.elementwise(batch * time * width, BF16))),
+        forward=forward,
+        backward=backward,
     )
 
 

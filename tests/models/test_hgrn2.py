@@ -53,7 +53,7 @@ def model(settings: ModelConfig | None = None) -> LM:
 
 
 def bounds(count: int = 4, channels: int = 6) -> LowerBounds:
-    module = LowerBounds(count, channels).double()
+    module = LowerBounds(count, channels, heads=1).double()
     with torch.no_grad():
         module.lower_bounds.normal_(generator=torch.Generator().manual_seed(0))
     return module
