@@ -4,6 +4,7 @@ is active, as reading a value makes the host wait for the device."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from ops.layout import Layout, check_positions
@@ -65,11 +66,17 @@ def check_dim(op: str, name: str, tensor: Tensor, letters: str) -> None:
         )
 
 
+# Narrower floats promote to nothing, and complex numbers have no order.
+FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
 def check_floating(op: str, **tensors: Tensor | None) -> None:
-    """Raise ValueError unless every tensor that is not None holds floating point numbers."""
+    """Raise ValueError unless every tensor that is not None holds floating point numbers of 16 bits or more."""
     for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{op}: {name} has dtype {tensor.dtype}; must be a floating point dtype")
+        if tensor is not None and tensor.dtype not in FLOATING:
+            raise ValueError(
+                f"{op}: {name} has dtype {tensor.dtype}; must be bfloat16, float16, float32 or float64: widen it before"
+            )
 
 
 def check_layout(op: str, layout: Layout | None, batch: int, time: int) -> None:

@@ -14,9 +14,9 @@ class Layout:
     position is p > 0 continues a document whose p earlier tokens are summed up in the state handed to the op.
 
     Build one per microbatch and hand it to every layer: masks are derived once, not once a layer.
-    Raises ValueError for a wrong shape or dtype and, on CPU tensors only (reading values would synchronise an
-    accelerator; under `ops.checked_values` ops do it all the same), for positions that are negative or neither rise by
-    one nor restart at 0 inside a row.
+    Raises ValueError for a wrong shape or dtype and, on CPU tensors only and not in compiled code (reading values would
+    synchronise an accelerator and end a graph; under `ops.checked_values` ops do it all the same), for positions that
+    are negative or neither rise by one nor restart at 0 inside a row.
     """
 
     def __init__(self, positions: Tensor) -> None:
@@ -24,7 +24,7 @@ class Layout:
             raise ValueError(
                 f"positions: {positions.dtype} {list(positions.shape)}; must be int64 [B, T] with B, T >= 1"
             )
-        if positions.device.type == "cpu":
+        if positions.device.type == "cpu" and not torch.compiler.is_compiling():
             check_positions(positions)
         self.positions = positions
         self._derived: dict[tuple[Any, ...], Any] = {}

@@ -17,8 +17,10 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype to which a matrix product of x and weight rounds its operands: autocast's where it is on."""
     dtype = torch.promote_types(x.dtype, weight.dtype)
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
+    device_type = x.device.type
+    able = torch.amp.is_autocast_available(device_type)  # the meta device knows no autocast
+    if able and torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
     return dtype
 
 

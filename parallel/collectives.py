@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.axes import Axis
-from parallel.traffic import record
+from parallel.traffic import record, running_layer
 
 
 def copy_to(x: Tensor, axis: Axis) -> Tensor:
@@ -48,11 +48,11 @@ def send(y: Tensor, x: Tensor, axis: Axis) -> Tensor:
     return _Send.apply(y, x, axis)
 
 
-def all_reduce(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
-    """The reduction of all ranks' x in a tensor of its own, outside autograd."""
-    x = x.detach().contiguous().clone()
+def all_reduce(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM, layer: str | None = None) -> Tensor:
+    """The reduction of all ranks' x in a tensor of its own, outside autograd; `layer` as in `record`."""
+    x = x.detach().clone(memory_format=torch.contiguous_format)
     if axis.size > 1:
-        record(axis, "all_reduce", x)
+        record(axis, "all_reduce", x, layer)
         dist.all_reduce(x, op=op, group=axis.group)
     return x
 
@@ -71,12 +71,12 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
 class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
+        ctx.axis, ctx.layer = axis, running_layer()
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(dx, ctx.axis), None
+        return all_reduce(dx, ctx.axis, layer=ctx.layer), None
 
 
 class _Reduce(torch.autograd.Function):
@@ -92,13 +92,13 @@ class _Reduce(torch.autograd.Function):
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
+        ctx.axis, ctx.layer = axis, running_layer()
         return all_gather(x, axis)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
         axis, dx = ctx.axis, dx.contiguous()
-        record(axis, "reduce_scatter", dx)
+        record(axis, "reduce_scatter", dx, ctx.layer)
         own = dx.new_empty(dx.shape[1:])
         dist.reduce_scatter_tensor(own.view(-1), dx.view(-1), group=axis.group)
         return own, None
@@ -107,18 +107,18 @@ class _Gather(torch.autograd.Function):
 class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, split: int, join: int) -> Tensor:
-        ctx.arguments = axis, split, join
-        return _all_to_all(x, axis, split, join)
+        ctx.arguments, ctx.layer = (axis, split, join), running_layer()
+        return _all_to_all(x, axis, split, join, ctx.layer)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None, None]:
         axis, split, join = ctx.arguments
-        return _all_to_all(dx, axis, join, split), None, None, None
+        return _all_to_all(dx, axis, join, split, ctx.layer), None, None, None
 
 
-def _all_to_all(x: Tensor, axis: Axis, split: int, join: int) -> Tensor:
+def _all_to_all(x: Tensor, axis: Axis, split: int, join: int, layer: str) -> Tensor:
     parts = torch.stack(x.chunk(axis.size, dim=split))
-    record(axis, "all_to_all", parts)
+    record(axis, "all_to_all", parts, layer)
     arrived = torch.empty_like(parts)
     dist.all_to_all_single(arrived, parts, group=axis.group)
     return torch.cat(arrived.unbind(0), dim=join)
@@ -127,26 +127,26 @@ def _all_to_all(x: Tensor, axis: Axis, split: int, join: int) -> Tensor:
 class _Shift(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, distance: int) -> Tensor:
-        ctx.arguments = axis, distance
-        return _send(x, axis, distance)
+        ctx.arguments, ctx.layer = (axis, distance), running_layer()
+        return _send(x, axis, distance, ctx.layer)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
         axis, distance = ctx.arguments
-        return _send(dx, axis, -distance), None, None
+        return _send(dx, axis, -distance, ctx.layer), None, None
 
 
 class _Receive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, like: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        x = torch.empty_like(like)
+        ctx.axis, ctx.layer = axis, running_layer()
+        x = torch.empty_like(like, memory_format=torch.contiguous_format)
         dist.recv(x, axis.ranks[axis.index - 1], axis.group)
         return x
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[None, None]:
-        record(ctx.axis, "send", dx)
+        record(ctx.axis, "send", dx, ctx.layer)
         dist.send(dx.contiguous(), ctx.axis.ranks[ctx.axis.index - 1], ctx.axis.group)
         return None, None
 
@@ -154,7 +154,7 @@ class _Receive(torch.autograd.Function):
 class _Send(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis, ctx.like = axis, torch.empty_like(x)
+        ctx.axis, ctx.like = axis, torch.empty_like(x, memory_format=torch.contiguous_format)
         record(axis, "send", x)
         dist.send(x.contiguous(), axis.ranks[axis.index + 1], axis.group)
         return y.view_as(y)
@@ -165,12 +165,13 @@ class _Send(torch.autograd.Function):
         return dy, ctx.like, None
 
 
-def _send(x: Tensor, axis: Axis, distance: int) -> Tensor:
+def _send(x: Tensor, axis: Axis, distance: int, layer: str) -> Tensor:
     """Send x to the rank `distance` after this one; what the rank `distance` before it sent, zeros where none is."""
-    x, received = x.contiguous(), torch.zeros_like(x)
+    x = x.contiguous()
+    received = torch.zeros_like(x)
     works = []
     if 0 <= axis.index + distance < axis.size:
-        record(axis, "send", x)
+        record(axis, "send", x, layer)
         works.append(dist.P2POp(dist.isend, x, axis.ranks[axis.index + distance], axis.group))
     if 0 <= axis.index - distance < axis.size:
         works.append(dist.P2POp(dist.irecv, received, axis.ranks[axis.index - distance], axis.group))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from parallel.collectives import all_reduce
 from parallel.grid import Grid
 from parallel.sequence import shard_sequence, slicing_problems
 from parallel.tensor import copy_marks, part_of, problems, shard_tensors, whole_of
+from parallel.traffic import layer_of
 from parallel.vocabulary import shard_vocabulary
 
 
@@ -66,7 +68,8 @@ def build_model(config: ModelConfig, grid: Grid, *, seed: int, sequence_length: 
     shard_sequence(model, slices)
     _materialise(model, grid.device)
     for name, ranks in summed.items():
-        model.get_parameter(name).register_hook(lambda gradient, ranks=ranks: all_reduce(gradient, ranks))
+        add_up = partial(all_reduce, axis=ranks, layer=layer_of(name))
+        model.get_parameter(name).register_hook(add_up)
     with torch.no_grad():
         for name, values in initial_values(blueprint, seed):
             model.get_parameter(name).copy_(partition.part(name, values))

@@ -115,6 +115,7 @@ def run(core: OpCore, axis: Axis, tensors: tuple[Tensor, ...], layout: Layout) -
     name = core.op.__name__
     if name in special:
         return special[name](core, axis, tensors, layout)
+    state: Tensor | None
     if name in AFFINE_SUMMARIES:
         state = incoming_state(AFFINE_SUMMARIES[name](*tensors, layout=layout), axis)
     else:
@@ -166,7 +167,7 @@ def windowed_attention(core: OpCore, axis: Axis, tensors: tuple[Tensor, ...], la
     pieces: list[Tensor] = []
     for distance in range(1, min(axis.size - 1, -(-halo // time)) + 1):
         length = min(time, halo - (distance - 1) * time)
-        pieces.insert(0, from_previous(torch.stack([k, v])[:, :, time - length :], axis, distance))
+        pieces.insert(0, from_previous(torch.stack([z[:, time - length :] for z in (k, v)]), axis, distance))
     state = tuple(torch.cat(pieces, dim=2).unbind(0)) if pieces else None
     return core(*tensors, layout=layout, initial_state=state, output_final_state=False)[0]
 
@@ -191,14 +192,15 @@ def hand_off(core: OpCore, axis: Axis, tensors: tuple[Tensor, ...], layout: Layo
     """Any recurrence at all: each rank waits for the state that the slice before leaves. Row by row, so that the ranks
     work side by side, each on a row of its own."""
     rows = layout.positions.shape[0]
-    of_rows = [z.dim() > 2 and z.shape[:2] == layout.positions.shape for z in tensors]
+    of_rows = [_has_tokens(z, layout) for z in tensors]
+    like = _final_state(core, tensors, layout)[:1]
     outputs = []
     for row in range(rows):
         part = tuple(z[row : row + 1] if cut else z for z, cut in zip(tensors, of_rows))
         here = Layout(layout.positions[row : row + 1])
         state = None
         if axis.index > 0:
-            state = receive(_final_state(core, part, here), axis)
+            state = receive(torch.empty_like(like), axis)
         y, state = core(*part, layout=here, initial_state=state, output_final_state=True)
         outputs.append(y if axis.index == axis.size - 1 else send(y, state, axis))
     return torch.cat(outputs)
@@ -206,9 +208,12 @@ def hand_off(core: OpCore, axis: Axis, tensors: tuple[Tensor, ...], layout: Layo
 
 def _final_state(core: OpCore, tensors: tuple[Tensor, ...], layout: Layout) -> Tensor:
     """Something of the shape, dtype and device of the state that `core` leaves: one token is enough to find out."""
-    positions = layout.positions
+    first = [z[:, :1] if _has_tokens(z, layout) else z for z in tensors]
     with torch.no_grad():
-        token = [z[:, :1] if z.dim() > 2 and z.shape[:2] == positions.shape else z for z in tensors]
-        return core(
-            *token, layout=Layout(torch.zeros_like(positions[:, :1])), initial_state=None, output_final_state=True
-        )[1]
+        here = Layout(torch.zeros_like(layout.positions[:, :1]))
+        return core(*first, layout=here, initial_state=None, output_final_state=True)[1]
+
+
+def _has_tokens(z: Tensor, layout: Layout) -> bool:
+    """Whether z is `[B, T, ...]`. Ops take two kinds of tensors: those, and weights of at most two dimensions."""
+    return z.dim() > 2 and z.shape[:2] == layout.positions.shape

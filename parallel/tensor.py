@@ -86,6 +86,10 @@ def _share(units: int, cut: Cut, size: int, index: int) -> tuple[int, int]:
     return size, index
 
 
+def _fits(units: int, cut: Cut, size: int) -> bool:
+    return units % size == 0 or (cut.repeats and size % units == 0)
+
+
 def problems(model: LM, size: int) -> list[str]:
     """Why the model cannot be cut over `size` tensor ranks, each reason once and with the sizes that work."""
     reasons: dict[str, None] = {}
@@ -95,8 +99,8 @@ def problems(model: LM, size: int) -> list[str]:
             reasons[f"{type(module).__name__}: {sharding.obstacle}"] = None
         for name, cut in sharding.cuts.items():
             for units in cut.units:
-                if units % size and not (cut.repeats and size % units == 0):
-                    fitting = ", ".join(str(n) for n in range(1, units + 1) if units % n == 0)
+                if not _fits(units, cut, size):
+                    fitting = ", ".join(str(n) for n in range(1, max(units, size) + 1) if _fits(units, cut, n))
                     reasons[f"{prefix}.{name}: {units} units do not divide over {size} ranks; fitting: {fitting}"] = (
                         None
                     )

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ops.diagonal_cell.triton_forward import GROUP, load, store
+from ops.rounding import rounded
 
 
 @triton.jit
@@ -188,7 +189,8 @@ def adjoint(
                         pulled = pulled + (vector,)
                         if not MAPS:
                             for j in tl.static_range(NUM_GATES):
-                                tl.store(p_dgates + (i * NUM_GATES + j) * D, dgates[j], mask=m_t)
+                                b_dgate = rounded(dgates[j], p_dgates.dtype.element_ty)
+                                tl.store(p_dgates + (i * NUM_GATES + j) * D, b_dgate, mask=m_t)
                             # A token beyond the segment has a state of 0 on both sides, and adds nothing.
                             added = WEIGH(dgates, before, after, acts)
                             sums = ()

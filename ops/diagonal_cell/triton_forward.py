@@ -10,6 +10,8 @@ What they are for is told in `ops.diagonal_cell.triton`.
 import triton
 import triton.language as tl
 
+from ops.rounding import rounded
+
 # Tokens worked off between two branches. An assembler orders a straight piece of code as it likes, and would issue all
 # loads where their registers live shortest: behind the work that is to hide them.
 GROUP = tl.constexpr(2)
@@ -112,9 +114,9 @@ def run(
                             state = state + (tl.where(tokens[i][1] != 0, 0.0, before[j]),)
                     state, _acts = ADVANCE(state, b_gates, weights)
                     m_t = i_t + i < i_end
-                    tl.store(p_y + i * D, state[NUM_STATES - 1], mask=m_t)
+                    tl.store(p_y + i * D, rounded(state[NUM_STATES - 1], p_y.dtype.element_ty), mask=m_t)
                     for j in tl.static_range(NUM_KEPT):
-                        tl.store(p_kept + (i * NUM_KEPT + j) * D, state[j], mask=m_t)
+                        tl.store(p_kept + (i * NUM_KEPT + j) * D, rounded(state[j], p_kept.dtype.element_ty), mask=m_t)
         i_t += AHEAD
         p_y += AHEAD * D
         p_kept += AHEAD * NUM_KEPT * D

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ops.dot import dot
 from ops.gated_delta_rule.triton_tiles import key_products, load_positions, load_tile, pair_decays, store_tile
+from ops.rounding import rounded
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -295,5 +296,5 @@ def decays_kernel(
     b_dlog_decay += tl.sum(b_through, axis=0) * tl.load(p_carry + BT - 1)
     b_dlog_decay += tl.load(p_ways + i_chunk.to(tl.int64) * BT + o_r - 1, mask=o_r > 0, other=0.0)
     o_token = o_token * HV + i_bh % HV
-    tl.store(p_dlog_decay + o_token, b_dlog_decay.to(p_dlog_decay.dtype.element_ty), mask=m_t)
-    tl.store(p_dbeta + o_token, b_dbeta.to(p_dbeta.dtype.element_ty), mask=m_t)
+    tl.store(p_dlog_decay + o_token, rounded(b_dlog_decay, p_dlog_decay.dtype.element_ty), mask=m_t)
+    tl.store(p_dbeta + o_token, rounded(b_dbeta, p_dbeta.dtype.element_ty), mask=m_t)

@@ -39,3 +39,15 @@ def test_positions_changed_after_the_layout_was_built() -> None:
     linear_scan(x, -x.abs(), layout=layout)
     with checked_values(), pytest.raises(ValueError, match="1 is followed by 7 in row 0 at t = 2"):
         linear_scan(x, -x.abs(), layout=layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.int32, torch.bool])
+def test_dtypes_that_no_implementation_computes_in(dtype: torch.dtype) -> None:
+    x, right = torch.zeros(1, 4, 2, 3, dtype=dtype), torch.zeros(1, 4, 2, 3)
+    message = rf"{{}} has dtype {dtype}; must be bfloat16, float16, float32 or float64"
+    with pytest.raises(ValueError, match="linear_scan: " + message.format("x")):
+        linear_scan(x[..., 0], right[..., 0])
+    with pytest.raises(ValueError, match="gated_linear_attention: " + message.format("k")):
+        gated_linear_attention(right, x, right, right)
+    with pytest.raises(ValueError, match="gated_delta_rule: " + message.format("beta")):
+        gated_delta_rule(right, right, right, right[..., 0], x[..., 0])

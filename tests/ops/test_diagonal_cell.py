@@ -184,15 +184,21 @@ def test_products_that_overflow_are_not_used() -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 99), time=st.integers(1, 90), segments=st.integers(1, 9), cut=st.integers(0, 89))
-def test_any_order_of_rows_and_any_split(seed: int, time: int, segments: int, cut: int) -> None:
+@given(
+    form=st.sampled_from([gru_form, lstm_form]),
+    seed=st.integers(0, 99),
+    time=st.integers(1, 90),
+    segments=st.integers(1, 9),
+    cut=st.integers(0, 89),
+)
+def test_any_order_of_rows_and_any_split(form: ChunkedForm, seed: int, time: int, segments: int, cut: int) -> None:
     torch.manual_seed(seed)
-    inputs, positions = make_inputs(gru_form, time, width=2), packed_positions(time, first=3)
+    inputs, positions = make_inputs(form, time, width=2), packed_positions(time, first=3)
     gates, weights, state = inputs.values()
-    y, last = gru_form(gates, weights, Layout(positions), state, segments=segments)
-    swapped = gru_form(gates.flip(0), weights, Layout(positions.flip(0)), state.flip(0), segments=segments)
+    y, last = form(gates, weights, Layout(positions), state, segments=segments)
+    swapped = form(gates.flip(0), weights, Layout(positions.flip(0)), state.flip(0), segments=segments)
     assert max(error(a.flip(0), b) for a, b in zip(swapped, (y, last))) <= 1e-12
     if 0 < cut < time:
-        first, state = gru_form(gates[:, :cut], weights, Layout(positions[:, :cut]), state, segments=segments)
-        rest, state = gru_form(gates[:, cut:], weights, Layout(positions[:, cut:]), state, segments=segments)
+        first, state = form(gates[:, :cut], weights, Layout(positions[:, :cut]), state, segments=segments)
+        rest, state = form(gates[:, cut:], weights, Layout(positions[:, cut:]), state, segments=segments)
         assert max(error(torch.cat([first, rest], dim=1), y), error(state, last)) <= 1e-12

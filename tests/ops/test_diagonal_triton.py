@@ -40,16 +40,20 @@ from tests.ops.diagonal_cases import FORMS, OPS, accumulation, both, length_of_a
             pytest.param(time, kind, width, marks=slow)
             for time in LENGTHS
             for kind, width in (("none", 256), ("packed", 60), ("continued", 100))
+            if DEVICE == "cuda" or time <= 100 or kind == "packed"
         ),
     ],
 )
 @both
 def test_fp32_error_is_earned(name: str, time: int, kind: str, width: int) -> None:
-    inputs = make_inputs(name, time, width=width)
+    batch = 8 if kind == "none" else 2  # of fewer rows, a few roundings decide whose sum over them errs more
+    inputs = make_inputs(name, time, batch=batch, width=width)
     assert_earned(OPS[name], inputs, layout=layouts(time)[kind], impl="triton")
 
 
-@pytest.mark.parametrize("time", [18, *(pytest.param(time, marks=slow) for time in LENGTHS)])
+@pytest.mark.parametrize(
+    "time", [18, *(pytest.param(time, marks=slow) for time in LENGTHS if DEVICE == "cuda" or time <= 257)]
+)
 @both
 def test_bf16_error_is_earned(name: str, time: int) -> None:
     assert_earned_bf16(OPS[name], make_inputs(name, time), layout=layouts(time)["packed"], impl="triton")

@@ -56,27 +56,47 @@ def row(time: int, kind: str) -> Layout | None:
     return None if layout is None else Layout(layout.positions[:1])
 
 
-# (T, HV / H, K, V, documents): one chunk and several, blocks of keys and of values, whole and in part.
-FP32_CASES = [(1, 2, 16, 3, "packed"), (17, 1, 20, 16, "none"), (33, 2, 16, 16, "packed"), (40, 1, 36, 34, "continued")]
-BF16_CASES = [(1, 4, 16, 16, "none"), (65, 2, 16, 16, "packed"), (64, 1, 70, 80, "continued"), (130, 1, 16, 16, "none")]
+# (T, H, HV / H, K, V, documents): one chunk and several, blocks of keys and of values, whole and in part.
+FP32_CASES = [
+    (1, 1, 2, 16, 3, "packed"),
+    (17, 1, 1, 20, 16, "none"),
+    (33, 1, 2, 16, 16, "packed"),
+    (40, 1, 1, 36, 34, "continued"),
+]
+BF16_CASES = [
+    (1, 1, 4, 16, 16, "none"),
+    (65, 1, 2, 16, 16, "packed"),
+    (64, 1, 1, 70, 80, "continued"),
+    (130, 1, 1, 16, 16, "none"),
+]
+# A token's output and gradients hang on one product of its q and k: of few tokens, a rounding decides whose error is
+# larger.
+TOKENS = 16
 GRID = [
-    *((time, 1 + i % 3, HEAD_DIMS[i % 6], HEAD_DIMS[(i + 2) % 6], KINDS[i % 3]) for i, time in enumerate(LENGTHS)),
-    *((100, 1, width, 2 * width, KINDS[i % 3]) for i, width in enumerate(HEAD_DIMS)),
+    *(
+        (time, max(1, TOKENS // time), 1 + i % 3, HEAD_DIMS[i % 6], HEAD_DIMS[(i + 2) % 6], KINDS[i % 3])
+        for i, time in enumerate(LENGTHS)
+    ),
+    *((100, 1, 1, width, 2 * width, KINDS[i % 3]) for i, width in enumerate(HEAD_DIMS)),
 ]
 
 
 @pytest.mark.parametrize(
-    ("time", "group", "keys", "values", "kind"), FP32_CASES + [pytest.param(*case, marks=LONG) for case in GRID]
+    ("time", "heads", "group", "keys", "values", "kind"),
+    FP32_CASES + [pytest.param(*case, marks=LONG) for case in GRID],
 )
-def test_fp32_error_is_earned(time: int, group: int, keys: int, values: int, kind: str) -> None:
-    assert_earned(rule, make_inputs(time, group=group, keys=keys, values=values), impl="triton", layout=row(time, kind))
+def test_fp32_error_is_earned(time: int, heads: int, group: int, keys: int, values: int, kind: str) -> None:
+    inputs = make_inputs(time, heads=heads, group=group, keys=keys, values=values)
+    assert_earned(rule, inputs, impl="triton", layout=row(time, kind))
 
 
 @pytest.mark.parametrize(
-    ("time", "group", "keys", "values", "kind"), BF16_CASES + [pytest.param(*case, marks=LONG) for case in GRID]
+    ("time", "heads", "group", "keys", "values", "kind"),
+    BF16_CASES + [pytest.param(*case, marks=LONG) for case in GRID],
 )
-def test_bf16_error_is_earned(time: int, group: int, keys: int, values: int, kind: str) -> None:
-    assert_earned_bf16(rule, make_inputs(time, group=group, keys=keys, values=values), layout=row(time, kind))
+def test_bf16_error_is_earned(time: int, heads: int, group: int, keys: int, values: int, kind: str) -> None:
+    inputs = make_inputs(time, heads=heads, group=group, keys=keys, values=values)
+    assert_earned_bf16(rule, inputs, layout=row(time, kind))
 
 
 @pytest.mark.parametrize("kind", ["packed", pytest.param("continued", marks=LONG)])
@@ -186,13 +206,16 @@ def test_split_anywhere_equals_whole(cut: int, seed: int) -> None:
 @settings(max_examples=3, deadline=None)
 @given(starts=st.lists(st.booleans(), min_size=1, max_size=40), first=st.integers(0, 3), seed=st.integers(0, 99))
 def test_any_documents(starts: list[bool], first: int, seed: int) -> None:
+    """In float64 where the interpreter computes; of one token in fp32, a gradient may be little but rounding."""
     torch.manual_seed(seed)
     positions = [first]
     for start in starts[1:]:
         positions.append(0 if start else positions[-1] + 1)
     layout, inputs = Layout(torch.tensor([positions])), make_inputs(len(starts))
+    if DEVICE == "cpu":
+        inputs = {name: tensor.double() for name, tensor in inputs.items()}
     expected = evaluate(rule, inputs, layout=layout, impl="reference")
-    assert_equal(evaluate(triton_rule, inputs, layout=layout), expected, 2e-6)
+    assert_equal(evaluate(triton_rule, inputs, layout=layout), expected, 1e-12 if DEVICE == "cpu" else 1e-5)
 
 
 def test_permuting_the_batch_permutes_the_output() -> None:

@@ -34,8 +34,11 @@ QUICK = [(1, 16, 16, "none"), (17, 20, 16, "packed"), (64, 16, 36, "packed"), (1
 DIMS = (16, 60, 64, 100, 128, 256)
 KINDS = list(enumerate(("none", "packed", "continued")))
 GRID = [(t, DIMS[i % 6], DIMS[(i // 2 + j) % 6], kind) for i, t in enumerate(LENGTHS) for j, kind in KINDS]
+if DEVICE == "cpu":  # a minute each
+    GRID = [case for case in GRID if case[0] <= 100 or case[3] == "packed"]
 # Of a few numbers, one rounding decides whose error is larger.
 HEADS_OF_SHORT = 4
+HEADS_OF_FEW = 32
 CASES = [*QUICK, *(pytest.param(*case, marks=slow) for case in GRID)]
 
 
@@ -140,7 +143,13 @@ def test_any_documents(starts: list[bool], first: int, seed: int) -> None:
     positions = [first]
     for start in starts[1:]:
         positions.append(0 if start else positions[-1] + 1)
-    earned(make_inputs(len(starts)), layout=Layout(torch.tensor([positions])))
+    inputs = make_inputs(len(starts), heads=1 if DEVICE == "cpu" else HEADS_OF_FEW, dtype=PRECISE)
+    layout = Layout(torch.tensor([positions]))
+    if DEVICE == "cpu":
+        expected = evaluate(gla, inputs, layout=layout, impl="reference")
+        assert_equal(evaluate(gla, inputs, layout=layout, impl="triton"), expected, ROUNDING)
+    else:
+        earned(inputs, layout=layout)
 
 
 def cut_in_two(*, cut: int, layout: Layout | None, initial_state: Tensor, impl: str, **tensors: Tensor) -> Any:
@@ -199,43 +208,9 @@ def test_mutants_are_caught(monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
         earned(inputs, layout=layout)
 
 
-class Recorder:
-    """Stands for a kernel and writes down how it is launched."""
-
-    def __init__(self) -> None:
-        self.launches: list[tuple[tuple[int, ...], dict[str, Any]]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *_, **options: self.launches.append((grid, options))
-
-
-def launches(monkeypatch: pytest.MonkeyPatch, batch: int, time: int) -> list[tuple[tuple[int, ...], dict[str, Any]]]:
-    recorder = Recorder()
-    for name in ("_chunks", "_carry", "_apply", "_gradients"):
-        monkeypatch.setattr(kernels, name, recorder)
-    q = torch.empty(batch, time, 2, 64, device="meta", dtype=torch.bfloat16)
-    state = torch.empty(batch, 2, 64, 64, device="meta")
-    _, _, scores = kernels.forward._init_fn(q, q, q, q, state, None, 1.0)
-    kernels.backward._init_fn(q, state, q, q, q, q, state, scores, None, 1.0)
-    return recorder.launches
-
-
-def test_grids_beyond_65535_lie_on_the_first_axis(monkeypatch: pytest.MonkeyPatch) -> None:
-    grids = [grid for grid, _ in launches(monkeypatch, batch=70_000, time=3)]
-    assert len(grids) == 8
-    assert all(len(grid) == 1 and grid[0] >= 140_000 for grid in grids), grids
-
-
-def test_launches_do_not_depend_on_the_tokens_and_take_four_warps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight warps are where Hopper's products went wrong in other projects (kernels.md section 4)."""
-    options = [options for _, options in launches(monkeypatch, batch=1, time=3)]
-    assert options == [options for _, options in launches(monkeypatch, batch=5, time=1000)]
-    assert all(option["num_warps"] == 4 for option in options)
-
-
-@pytest.mark.parametrize(("batch", "time"), [pytest.param(70_000, 2, marks=slow)])
-def test_more_programs_than_65535(batch: int, time: int) -> None:
-    inputs = make_inputs(time, batch=batch)
+@pytest.mark.skipif(DEVICE == "cpu", reason="interpreting half a million programs takes hours")
+def test_more_programs_than_65535() -> None:
+    inputs = make_inputs(2, batch=70_000)
     assert_equal(evaluate(gla, inputs, impl="triton"), evaluate(gla, inputs, impl="chunked"), 1e-6)
 
 

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import normalize
 
 import ops
 from ops.impl import AUTO, IMPLEMENTATIONS, resolve_impl
-from tests.ops.compare import runnable
+from tests.ops.compare import DEVICE, runnable
 
 
 def test_auto_is_a_table() -> None:
@@ -31,26 +33,38 @@ def test_refuses(op: str, impl: str, message: str) -> None:
 
 
 def test_every_listed_implementation_runs() -> None:
-    x = torch.randn(1, 3, 4)
-    q = torch.randn(1, 3, 2, 4)
+    """On DEVICE, with the sizes and the dtype that attention kernels of a GPU take."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, device=DEVICE).to(dtype)
+
+    def decay(*shape: int) -> Tensor:
+        return -normal(*shape, dtype=torch.float32).abs()
+
+    def whole(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=DEVICE)
+
+    x, q, gates = normal(1, 3, 16), normalize(normal(1, 3, 2, 16), dim=-1), normal(1, 3, 3, 16)
+    weights, peepholes = normal(3, 16, dtype=torch.float32), normal(2, 16, dtype=torch.float32)
+    strength = -decay(1, 3, 2).tanh()
     calls = {
         "attention": lambda impl: ops.attention(q, q, q, impl=impl),
-        "causal_conv1d": lambda impl: ops.causal_conv1d(x, torch.randn(4, 2), impl=impl),
-        "diagonal_gru": lambda impl: ops.diagonal_gru(torch.randn(1, 3, 3, 4), torch.randn(3, 4), impl=impl),
-        "diagonal_lstm": lambda impl: ops.diagonal_lstm(
-            torch.randn(1, 3, 3, 4), torch.randn(3, 4), torch.randn(2, 4), impl=impl
-        ),
-        "gated_delta_rule": lambda impl: ops.gated_delta_rule(q, q, q, -x[..., :2].abs(), x[..., 2:].abs(), impl=impl),
-        "gated_linear_attention": lambda impl: ops.gated_linear_attention(q, q, q, -q.abs(), impl=impl),
-        "linear_cross_entropy": lambda impl: ops.linear_cross_entropy(
-            x, torch.randn(5, 4), torch.zeros(1, 3, dtype=torch.int64), impl=impl
-        ),
-        "linear_scan": lambda impl: ops.linear_scan(x, -x.abs(), impl=impl),
+        "causal_conv1d": lambda impl: ops.causal_conv1d(x, normal(16, 4), impl=impl),
+        "diagonal_gru": lambda impl: ops.diagonal_gru(gates, weights, impl=impl),
+        "diagonal_lstm": lambda impl: ops.diagonal_lstm(gates, weights, peepholes, impl=impl),
+        "gated_delta_rule": lambda impl: ops.gated_delta_rule(q, q, q, decay(1, 3, 2), strength, impl=impl),
+        "gated_linear_attention": lambda impl: ops.gated_linear_attention(q, q, q, decay(1, 3, 2, 16), impl=impl),
+        "linear_cross_entropy": lambda impl: ops.linear_cross_entropy(x, normal(5, 16), whole(1, 3), impl=impl),
+        "linear_scan": lambda impl: ops.linear_scan(x, decay(1, 3, 16), impl=impl),
         "local_attention": lambda impl: ops.local_attention(q, q, q, window=2, impl=impl),
-        "rms_norm": lambda impl: ops.rms_norm(x, torch.randn(4), impl=impl),
-        "rotary": lambda impl: ops.rotary(q, torch.arange(3)[None], impl=impl),
+        "rms_norm": lambda impl: ops.rms_norm(x, normal(16), impl=impl),
+        "rotary": lambda impl: ops.rotary(q, whole(1, 3), impl=impl),
     }
     assert calls.keys() == IMPLEMENTATIONS.keys()
     for op, call in calls.items():
         for impl in ("auto", "reference", *runnable(op)):
-            assert call(impl)[0].isfinite().all(), (op, impl)
+            result = call(impl)
+            output = result[0] if isinstance(result, tuple) else result
+            assert output.isfinite().all(), (op, impl)
+            assert output.device.type == DEVICE

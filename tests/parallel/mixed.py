@@ -3,6 +3,7 @@
 In float64, so that what differs is wrong and not rounded otherwise.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,19 +30,32 @@ Z_LOSS = 1e-2
 EVERY_MIXER = ("rglru", "hgrn2", "local_attention", "gated_deltanet", "paralstm", "hgrn2", "attention")
 
 
-def config_of(layers: tuple[str, ...] = EVERY_MIXER, *, window: int = 16, tied: bool = True) -> ModelConfig:
-    """Windows longer than a slice of 12 or 6 tokens, grouped keys and values, a vocabulary that nothing divides."""
-    mixers = MixerConfigs(
-        attention=AttentionConfig(heads=4, kv_heads=2, head_dim=8, qk_norm="head"),
-        gated_deltanet=GatedDeltaNetConfig(heads=4, head_dim=4, value_heads=8, negative_eigenvalues=True),
-        hgrn2=HGRN2Config(heads=4, conv_width=3),
-        local_attention=LocalAttentionConfig(heads=4, kv_heads=1, head_dim=8, window=window, output_bias=True),
-        paralstm=ParaLSTMConfig(width=WIDTH, heads=4),
-        rglru=RGLRUConfig(width=WIDTH, gate_blocks=4),
-    )
-    return ModelConfig(
+def config_of(
+    layers: tuple[str, ...] = EVERY_MIXER,
+    *,
+    window: int = 16,
+    tied: bool = True,
+    changes: dict[str, dict[str, Any]] | None = None,
+) -> ModelConfig:
+    """Windows longer than a slice of 12 or 6 tokens, grouped keys and values, a vocabulary that nothing divides.
+
+    `changes` replace settings of a mixer, by its name, and of the model under the name `model`.
+    """
+    settings: dict[str, Any] = {
+        "attention": AttentionConfig(heads=4, kv_heads=2, head_dim=8, qk_norm="head"),
+        "gated_deltanet": GatedDeltaNetConfig(heads=4, head_dim=4, value_heads=8, negative_eigenvalues=True),
+        "hgrn2": HGRN2Config(heads=4, conv_width=3),
+        "local_attention": LocalAttentionConfig(heads=4, kv_heads=1, head_dim=8, window=window, output_bias=True),
+        "paralstm": ParaLSTMConfig(width=WIDTH, heads=4),
+        "rglru": RGLRUConfig(width=WIDTH, gate_blocks=4),
+    }
+    changes = dict(changes or {})
+    of_model = changes.pop("model", {})
+    mixers = MixerConfigs(**settings | {kind: replace(settings[kind], **new) for kind, new in changes.items()})
+    config = ModelConfig(
         vocab_size=61, width=WIDTH, layers=layers, mixers=mixers, mlp=MLPConfig(width=44), tie_embeddings=tied
     )
+    return replace(config, **of_model)
 
 
 def batch(rows: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,7 +106,7 @@ def together(
             parameter += partition.part(name, noise(name, partition.shapes[name]))
     axis, slices = grid.axes["tensor"], grid.axes["sequence"]
     here = slice(slices.index * TIME // slices.size, (slices.index + 1) * TIME // slices.size)
-    with counted() as traffic:
+    with counted(model) as traffic:
         nll, log_z = model(*(z[:, here] for z in batch()))
         loss_of(nll, log_z).backward()
     found = {key: torch.cat(all_gather(z, slices).unbind(0), dim=1) for key, z in (("nll", nll), ("log_z", log_z))}
@@ -102,4 +116,4 @@ def together(
         if name in partition.cuts:
             gradient = partition.whole(name, all_gather(gradient, axis).unbind(0))
         found[name] = gradient
-    return found, (dict(traffic.bytes), dict(traffic.calls))
+    return found, traffic.volumes
