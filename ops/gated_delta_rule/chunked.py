@@ -23,8 +23,10 @@ from ops.gated_delta_rule.inverse import unit_lower_inverse
 from ops.layout import Layout
 from ops.precision import accumulation_dtype, without_autocast
 
-# Twice as many tokens are a little faster where K is 128, and half as precise: a chunk's own tokens are summed in fp32.
-MAX_CHUNK = 32
+# Short chunks are precise: what a time loop takes away from a state token by token cancels in a chunk's fp32 sums. If K
+# exceeds WIDE these err no more than the sums over K do, and longer chunks are half as fast again.
+MAX_CHUNK, MAX_CHUNK_WIDE = 16, 32
+WIDE = 64
 
 
 def gated_delta_rule(
@@ -39,7 +41,7 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """o [B, T, HV, V] and the last state [B, HV, K, V]; arguments as in `ops.gated_delta_rule`."""
     dtype = accumulation_dtype(q, k, v, log_decay, beta)
-    size, group = chunk_size(v.shape[1]), v.shape[2] // q.shape[2]
+    size, group = chunk_size(v.shape[1], q.shape[3]), v.shape[2] // q.shape[2]
     if initial_state is None:
         initial_state = v.new_zeros(v.shape[0], v.shape[2], q.shape[3], v.shape[3], dtype=dtype)
     queries = cut(scale * q.to(dtype), size, dtype, group)
@@ -50,9 +52,9 @@ def gated_delta_rule(
     return o.transpose(2, 3).movedim(0, 1).flatten(1, 2)[:, : v.shape[1]].to(v.dtype), state
 
 
-def chunk_size(time: int) -> int:
-    """C for a sequence of `time` tokens, a power of two."""
-    return min(MAX_CHUNK, 1 << (time - 1).bit_length())
+def chunk_size(time: int, keys: int) -> int:
+    """C, a power of two, for a sequence of `time` tokens and K = `keys`."""
+    return min(MAX_CHUNK if keys <= WIDE else MAX_CHUNK_WIDE, 1 << (time - 1).bit_length())
 
 
 def cut(z: Tensor, size: int, dtype: torch.dtype, group: int = 1) -> Tensor:

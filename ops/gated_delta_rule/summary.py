@@ -42,7 +42,7 @@ def gated_delta_rule_summary(
     check_strength("gated_delta_rule_summary", k, beta)
 
     dtype = accumulation_dtype(k, v, log_decay, beta)
-    size = chunked.chunk_size(time)
+    size = chunked.chunk_size(time, k.shape[3])
     keys = chunked.cut(k, size, dtype, value_heads // heads)
     rest = (chunked.cut(z, size, dtype) for z in (pad(v, (0, key_dim)), log_decay, beta))
     start = pad(torch.eye(key_dim, dtype=dtype, device=v.device), (value_dim, 0)).repeat(batch, value_heads, 1, 1)

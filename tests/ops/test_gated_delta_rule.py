@@ -97,18 +97,13 @@ def test_chunked_equals_reference(time: int, kind: str) -> None:
     assert_equal(evaluate(rule, inputs, layout=layout, impl="chunked"), expected, 1e-12)
 
 
-# The chunk form solves for all writes of a chunk at once: what the time loop takes away from a state token by token
-# cancels here in sums over 32 tokens. Its gradient of the initial state errs 2.2 times as much, all else less than 2.
-EARNED_FACTOR = 2.5
-
-
 @pytest.mark.parametrize("time", LENGTHS)
 def test_fp32_error_is_earned(time: int) -> None:
     """With enough heads at short lengths that the time loop is not right by luck."""
-    inputs = make_inputs(time, group=max(1, 256 // time), width=16)
+    inputs = make_inputs(time, group=max(1, 1024 // time), width=16)
     for kind, layout in layouts(time).items():
         if time < 1025 or kind == "packed":
-            assert_earned(rule, inputs, layout=layout, factor=EARNED_FACTOR)
+            assert_earned(rule, inputs, layout=layout)
 
 
 @settings(max_examples=25, deadline=None)
