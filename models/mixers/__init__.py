@@ -8,6 +8,7 @@ The contract every mixer keeps, attention included (`tests/models/test_mixers.py
     init_state(batch_size, device) -> state        passing a state asks for the next one; None returns None
     initializers() -> {parameter: rule}            for the parameters the module itself owns (`models/init.py`)
     flops_per_token(sequence_length) -> int        forward, two per multiply-add
+    sharding() -> Sharding                         how its parameters are cut over tensor ranks (`models/sharding.py`)
     config.num_params(width) -> int
     shared_module(config, width, count) -> Module  class method, only where the mixers of a kind share parameters (None
                                                    where the settings turn that off); with
