@@ -105,7 +105,7 @@ def shard_sequence(model: nn.Module, axis: Axis) -> None:
         return
     for module in list(model.modules()):
         core = getattr(module, "core", None)
-        if isinstance(core, OpCore) and not isinstance(module, SequenceCore):
+        if isinstance(core, OpCore):
             module.core = SequenceCore(core, axis)
 
 
