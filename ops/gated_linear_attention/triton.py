@@ -16,7 +16,7 @@ of exactly 0.
 d log_decay_i sums over the pairs s < i <= t: at the level where t and s meet, what lies from i on among the queries of
 i's half, or before i among its keys. These are sums of the terms that count, never a difference of larger ones.
 
-Operands of products are rounded to the dtype of q, k and v, sums are fp32. What passes from kernel to kernel as an
+Operands of products are rounded to the dtype of v, sums are fp32. What passes from kernel to kernel as an
 operand alone is stored in that dtype, which costs nothing. The backward stores states and their gradients in fp32:
 their elementwise product is the gradient of a chunk's total decay. It recomputes all but the scores, which are kept, C
 numbers for each token and head.
@@ -65,8 +65,7 @@ def gated_linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """o [B, T, H, V] and the last state [B, H, K, V]; arguments as in `ops.gated_linear_attention`.
 
-    Products have bf16 operands if q, k and v are all bf16, fp32 ones otherwise. Raises ValueError for float16, and for
-    float64 on a GPU.
+    Products have operands of v's dtype. Raises ValueError for float16, and for float64 on a GPU.
     """
     for name, tensor in {"q": q, "k": k, "v": v, "log_decay": log_decay}.items():
         if tensor.dtype not in DTYPES or (tensor.dtype == torch.float64 and tensor.is_cuda):
@@ -245,7 +244,8 @@ def _contiguous(*tensors: Tensor | None) -> Any:
 
 
 def _operand_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    """That of v: HGRN2 forms its keys in fp32, beside values and queries in bf16."""
+    return torch.float64 if accumulation_dtype(q, k, v) == torch.float64 else v.dtype
 
 
 def _num_chunks(q: Tensor) -> int:

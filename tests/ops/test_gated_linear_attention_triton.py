@@ -266,3 +266,14 @@ def test_activation_checkpointing_and_autocast_change_nothing() -> None:
 
     inputs, options = make_inputs(5), {"layout": make_layout(5, "packed"), "impl": "triton"}
     assert_equal(evaluate(recomputed, inputs, **options), evaluate(gla, inputs, **options), 0.0)
+
+
+def test_fp32_keys_enter_products_as_narrow_as_values() -> None:
+    """As HGRN2 hands them over under autocast: of the same numbers, the same output to the bit."""
+    inputs = {name: z.bfloat16() if name in "qkv" else z for name, z in make_inputs(70).items()}
+    narrow = evaluate(gla, inputs, impl="triton")
+    wide = evaluate(gla, inputs | {"k": inputs["k"].float()}, impl="triton")
+    assert wide["d k"].dtype == torch.float32
+    assert narrow["d k"].dtype == torch.bfloat16
+    assert all(torch.equal(wide[name], narrow[name]) for name in ("output", "state 0", "d q", "d v"))
+    assert error(wide["d k"], narrow["d k"]) < 4e-3
