@@ -1,32 +1,31 @@
 """The curves of a run."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
-from numpy.typing import NDArray
+from matplotlib.ticker import MaxNLocator
 
+from eval.curves import (
+    COMPACT,
+    MEDIAN_POINTS,
+    MEDIAN_ROWS,
+    RAW_POINTS,
+    ROUND_STEPS,
+    Values,
+    column,
+    extremes,
+    log_ticks,
+    medians,
+    spread,
+)
 from eval.inline_svg import NARROW, PALETTE, WIDE, render_svg
 from eval.quantity import compact
-from eval.run_record import Row, RunRecord
-
-Values = NDArray[np.float64]
+from eval.run_record import RunRecord
 
 MARKED_EVENTS = ("resumed", "interrupted")
-
-ROUND_STEPS = [1, 2, 2.5, 5, 10]
-
-MEDIAN_ROWS = 100
-"""Logged steps from which on a running median is drawn over them."""
-
-RAW_POINTS, MEDIAN_POINTS = 1500, 300
-"""Points of a thin and of a thick line, however long the run."""
-
-COMPACT = FuncFormatter(lambda value, _: compact(value))
 
 
 class Drawing(NamedTuple):
@@ -69,9 +68,9 @@ def _drawings(run: RunRecord) -> Iterator[Drawing]:
     yield Drawing("learning-rate", "Learning rate", "", _draw_learning_rate)
     yield Drawing("gradient-norm", "Gradient norm", "before clipping, logarithmic", _series("grad_norm", log=True))
     yield Drawing("throughput", "Throughput", "training tokens per second", _series("tokens_per_second"))
-    if np.isfinite(_column(run.training, "z_loss")).any():
+    if np.isfinite(column(run.training, "z_loss")).any():
         yield Drawing("z-loss", "z-loss", "mean square of log Z, before its weight", _series("z_loss", log=True))
-    if np.isfinite(_column(run.training, "mfu")).any():
+    if np.isfinite(column(run.training, "mfu")).any():
         yield Drawing("mfu", "Model FLOPs utilisation", "share of the device's peak", _series("mfu"))
 
 
@@ -81,21 +80,21 @@ def _draw_loss(run: RunRecord, axes: Axes) -> None:
 
 
 def _draw_log_loss(run: RunRecord, axes: Axes) -> None:
-    steps = _column(run.training, "step")
+    steps = column(run.training, "step")
     axes.set_xscale("log")
     axes.set_xlim(max(1, steps[0]), max(2, steps[-1]))
-    _log_ticks(axes, "x", steps)
+    log_ticks(axes, "x", steps)
     axes.set_xlabel("step")
     _loss_curves(run, axes, log_steps=True)
 
 
 def _loss_curves(run: RunRecord, axes: Axes, *, log_steps: bool = False) -> None:
     _plot_noisy(run, axes, "loss", log_steps=log_steps)
-    losses = _column(run.training, "loss")
+    losses = column(run.training, "loss")
     if run.validation:
         losses = np.concatenate([losses, _plot_validation(run, axes, "val_loss")])
     axes.set_yscale("log")
-    _log_ticks(axes, "y", losses)
+    log_ticks(axes, "y", losses)
     axes.legend(loc="upper right")
 
 
@@ -103,7 +102,7 @@ def _draw_bits_per_byte(run: RunRecord, axes: Axes) -> None:
     _step_axis(run, axes)
     bits = _plot_validation(run, axes, "val_bits_per_byte")
     axes.set_yscale("log")
-    _log_ticks(axes, "y", bits)
+    log_ticks(axes, "y", bits)
 
 
 def _draw_loss_by_position(run: RunRecord, axes: Axes) -> None:
@@ -124,7 +123,7 @@ def _draw_loss_by_position(run: RunRecord, axes: Axes) -> None:
             gid="position" if last else f"position-{i}",
         )
     axes.set_xscale("log")
-    _log_ticks(axes, "x", [1, *(end for row in chosen for _, end, _ in row["val_loss_by_position"])])
+    log_ticks(axes, "x", [1, *(end for row in chosen for _, end, _ in row["val_loss_by_position"])])
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=ROUND_STEPS))
     axes.set_xlabel("tokens read, this one included")
     axes.legend(loc="upper right")
@@ -132,9 +131,9 @@ def _draw_loss_by_position(run: RunRecord, axes: Axes) -> None:
 
 def _draw_learning_rate(run: RunRecord, axes: Axes) -> None:
     _step_axis(run, axes)
-    rates = _column(run.training, "lr")
-    kept = _extremes(rates, RAW_POINTS)
-    axes.plot(_column(run.training, "step")[kept], rates[kept], color=PALETTE["training"], gid="training")
+    rates = column(run.training, "lr")
+    kept = extremes(rates, RAW_POINTS)
+    axes.plot(column(run.training, "step")[kept], rates[kept], color=PALETTE["training"], gid="training")
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=ROUND_STEPS))
     axes.yaxis.set_major_formatter(COMPACT)
 
@@ -145,10 +144,10 @@ def _series(key: str, *, log: bool = False) -> Callable[[RunRecord, Axes], None]
     def draw(run: RunRecord, axes: Axes) -> None:
         _step_axis(run, axes)
         _plot_noisy(run, axes, key)
-        values = _column(run.training, key)
+        values = column(run.training, key)
         if log:
             axes.set_yscale("log")
-            _log_ticks(axes, "y", values)
+            log_ticks(axes, "y", values)
             return
         if np.isfinite(values).any():
             axes.set_ylim(0, 1.1 * np.nanpercentile(values, 99))
@@ -160,23 +159,23 @@ def _series(key: str, *, log: bool = False) -> Callable[[RunRecord, Axes], None]
 
 def _plot_noisy(run: RunRecord, axes: Axes, key: str, *, log_steps: bool = False) -> None:
     """Every row, thin, under the running median of a fiftieth of the run; of few rows a single line."""
-    steps, values = _column(run.training, "step"), _column(run.training, key)
+    steps, values = column(run.training, "step"), column(run.training, key)
     style: dict[str, Any] = {"color": PALETTE["training"], "label": "training", "gid": "training"}
     if len(values) < MEDIAN_ROWS:
         axes.plot(steps, values, **style)
         return
     reach = len(values) // 100
-    kept = _extremes(values, RAW_POINTS, log=log_steps)
+    kept = extremes(values, RAW_POINTS, log=log_steps)
     axes.plot(steps[kept], values[kept], color=PALETTE["training"], alpha=0.3, linewidth=0.8, gid="training-raw")
-    centres = _spread(len(values), MEDIAN_POINTS, log=log_steps)
-    axes.plot(steps[centres], _medians(values, centres, reach), **style)
+    centres = spread(len(values), MEDIAN_POINTS, log=log_steps)
+    axes.plot(steps[centres], medians(values, centres, reach), **style)
 
 
 def _plot_validation(run: RunRecord, axes: Axes, key: str) -> Values:
-    values = _column(run.validation, key)
+    values = column(run.validation, key)
     marker = "o" if len(values) <= 60 else None
     style: dict[str, Any] = {"color": PALETTE["validation"], "marker": marker, "markersize": 3.5, "clip_on": False}
-    axes.plot(_column(run.validation, "step"), values, label="validation", gid="validation", **style)
+    axes.plot(column(run.validation, "step"), values, label="validation", gid="validation", **style)
     return values
 
 
@@ -199,53 +198,3 @@ def _step_axis(run: RunRecord, axes: Axes) -> None:
         "clip_on": False,
     }
     axes.plot(saved, np.zeros(len(saved)), transform=axes.get_xaxis_transform(), gid="saved", **style)
-
-
-def _log_ticks(axes: Axes, which: str, values: Sequence[float] | Values) -> None:
-    """Up to eight round numbers on a logarithmic axis, also where it covers less than a decade."""
-    finite = [value for value in values if math.isfinite(value) and value > 0]
-    low, high = (min(finite), max(finite)) if finite else (0.1, 1.0)
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks: list[float] = []
-    for mantissas in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)):
-        ticks = [m * 10.0**d for d in decades for m in mantissas if 0.97 * low <= m * 10.0**d <= 1.03 * high]
-        if len(ticks) >= 5:
-            break
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_formatter(COMPACT)
-    if len(ticks) < 3:
-        ticks = [float(tick) for tick in MaxNLocator(nbins=5, steps=[1, 2, 5, 10]).tick_values(low, high)]
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_major_locator(FixedLocator(ticks[:: max(1, math.ceil(len(ticks) / 8))]))
-    axis.set_minor_locator(NullLocator())
-
-
-def _column(rows: Sequence[Row], key: str) -> Values:
-    """One key of all rows; NaN where a row lacks it."""
-    return np.array([row[key] if row.get(key) is not None else np.nan for row in rows], dtype=np.float64)
-
-
-def _spread(count: int, points: int, *, log: bool = False) -> NDArray[np.int64]:
-    """Up to `points` of the indices below `count`, the first and the last included, evenly spaced on their axis."""
-    spaced = np.geomspace(1, count, points) - 1 if log else np.linspace(0, count - 1, points)
-    return np.unique(spaced.round().astype(np.int64))
-
-
-def _medians(values: Values, centres: NDArray[np.int64], reach: int) -> Values:
-    """Median of the finite values up to `reach` away from each centre, and less at the start, where curves fall."""
-    medians = np.full(len(centres), np.nan)
-    for i, centre in enumerate(centres):
-        near = min(reach, centre // 8)
-        window = values[centre - near : centre + near + 1]
-        if np.isfinite(window).any():
-            medians[i] = np.median(window[np.isfinite(window)])
-    return medians
-
-
-def _extremes(values: Values, points: int, *, log: bool = False) -> NDArray[np.int64]:
-    """Indices of up to `points` values: of each group of neighbours the lowest and the highest, so no spike is lost."""
-    if len(values) <= points:
-        return np.arange(len(values))
-    groups = np.split(np.arange(len(values)), _spread(len(values), points // 2, log=log)[1:-1])
-    low, high = np.where(np.isfinite(values), values, np.inf), np.where(np.isfinite(values), values, -np.inf)
-    return np.unique([index for g in groups for index in (g[np.argmin(low[g])], g[np.argmax(high[g])])])

@@ -24,6 +24,9 @@ PALETTE = {
 }
 """CSS variable -> the placeholder it replaces."""
 
+RUN_COLORS = {f"run-{number}": f"#0002{number:02x}" for number in range(8)}
+"""The same for the lines of several runs."""
+
 NARROW, WIDE = (400, 236), (1040, 330)
 """Sizes in CSS pixels at scale one: a phone or half a laptop page, and a whole one."""
 
@@ -81,6 +84,6 @@ def _as_element(file: str, name: str, title: str) -> str:
     opening = re.sub(r' (width|height)="[^"]*"', "", opening)
     svg = f'{opening} role="img" aria-label="{title}">{rest}'
     svg = svg.replace(' id="', f' id="{name}-').replace('href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
-    for variable, placeholder in PALETTE.items():
+    for variable, placeholder in (PALETTE | RUN_COLORS).items():
         svg = svg.replace(placeholder, f"var(--{variable})")
     return svg

@@ -1,7 +1,9 @@
-"""The report of a run as one HTML file: `python -m eval.report RUN` writes RUN/report.html."""
+"""The report of a run as one HTML file: `python -m eval.report RUN` writes RUN/report.html.
+
+Of several runs: `python -m eval.report runs/*` writes a page that compares them (`eval/compare.py`).
+"""
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -9,13 +11,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-import jinja2
-
-from eval.charts import MARKED_EVENTS, MEDIAN_ROWS, draw_charts
+from eval.charts import MARKED_EVENTS, draw_charts
+from eval.compare import write_comparison
+from eval.curves import MEDIAN_ROWS
+from eval.page import render_page, write_page
 from eval.quantity import compact, duration
-from eval.run_record import Row, RunRecord, read_run
-
-TEMPLATES = Path(__file__).parent / "templates"
+from eval.run_record import Row, RunRecord, flatten, read_run
 
 LONG_VALUE = 160
 """Characters from which a value of the environment is folded away."""
@@ -39,28 +40,14 @@ def write_report(run_directory: Path, output: Path | None = None) -> Path:
     Raises:
         ValueError: `run_directory` holds no run, or no training step yet.
     """
-    run = read_run(run_directory)
-    output = output or run_directory / "report.html"
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(render(run), encoding="utf-8")
-        return unfinished.replace(output)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    return write_page(render(read_run(run_directory)), output or run_directory / "report.html")
 
 
 def render(run: RunRecord) -> str:
     """The report as HTML that needs nothing beside itself."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     parameters = sum(row["parameters"] for row in run.layers)
     flops = sum(row["flops_per_token"] for row in run.layers)
-    values = list(_flatten(run.environment))
+    values = list(flatten(run.environment))
     content: dict[str, Any] = {
         "layers": [row | {"share": row["flops_per_token"] / max(flops, 1)} for row in run.layers],
         "samples": list(reversed(run.samples)),
@@ -68,11 +55,11 @@ def render(run: RunRecord) -> str:
         "environment": [(key, value) for key, value in values if len(value) <= LONG_VALUE and "\n" not in value],
         "configuration": run.config,
     }
-    return environment.get_template("report.html").render(
-        content,
-        name=run.path.resolve().name,
-        style=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
-        status=_status(run),
+    return render_page(
+        "report.html",
+        **content,
+        name=run.name,
+        status=run.status,
         lede=_lede(run),
         notes=run.notes,
         figures=_figures(run, parameters, flops),
@@ -83,11 +70,6 @@ def render(run: RunRecord) -> str:
         long_environment=[(key, value) for key, value in values if len(value) > LONG_VALUE or "\n" in value],
         sections=[("curves", "Curves"), *((name, name.capitalize()) for name in content if content[name])],
     )
-
-
-def _status(run: RunRecord) -> str:
-    last = next((row["event"] for row in reversed(run.events) if row["event"] != "saved"), "")
-    return last if last in ("finished", "interrupted") else "unfinished"
 
 
 def _lede(run: RunRecord) -> str:
@@ -110,7 +92,7 @@ def _figures(run: RunRecord, parameters: int, flops: int) -> list[Figure]:
         figures.append(Figure("Throughput", compact(median(speeds)), "tokens/s", "median"))
     memory = [row["memory_gb"] for row in run.training if row.get("memory_gb")]
     peak = f"; peak memory {max(memory):.1f} GB" if memory else ""
-    figures.append(Figure("Training time", duration(_time_in_steps(run.training)), "", f"steps alone{peak}"))
+    figures.append(Figure("Training time", duration(run.seconds_in_steps), "", f"steps alone{peak}"))
     return figures
 
 
@@ -124,12 +106,6 @@ def _validation_figures(rows: Sequence[Row]) -> Iterator[Figure]:
                 f"the best, at step {best['step']:,}" if is_last else f"best {best[key]:.3f} at step {best['step']:,}"
             )
             yield Figure(label, f"{known[-1][key]:.3f}", unit, detail)
-
-
-def _time_in_steps(rows: Sequence[Row]) -> float:
-    """Seconds of all steps, each logged one standing for those since the one before."""
-    gaps = [row["step"] - before for row, before in zip(rows, [0, *(row["step"] for row in rows)], strict=False)]
-    return sum(gap * (row.get("step_time") or 0.0) for row, gap in zip(rows, gaps, strict=True))
 
 
 def _curve_key(run: RunRecord) -> str:
@@ -149,25 +125,26 @@ def _curve_key(run: RunRecord) -> str:
     return " ".join(parts)
 
 
-def _flatten(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in mapping.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", "none" if value in (None, "") else str(value)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m eval.report",
-        description="Write a run's report, curves, layers, samples, events and environment, as one HTML file.",
-        epilog="example: python -m eval.report runs/demo",
+        description="Write a run's report, curves, layers, samples, events and environment, as one HTML file; of "
+        "several runs, one that lays them over each other.",
+        epilog="example: python -m eval.report runs/demo; of several: python -m eval.report runs/*",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write; RUN/report.html if not given")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where to write; if not given RUN/report.html, of several runs comparison.html beside the first",
+    )
     options = parser.parse_args(arguments)
     try:
-        print(write_report(options.run, options.output))
+        if len(options.runs) == 1:
+            print(write_report(options.runs[0], options.output))
+        else:
+            print(write_comparison(options.runs, options.output))
     except (ValueError, OSError) as error:
         print(f"eval.report: {error}", file=sys.stderr)
         return 1

@@ -1,6 +1,8 @@
 """What a run directory says about its run: metrics, layers, samples, environment, configuration."""
 
+import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ class RunRecord:
     Attributes:
         path: the run directory.
         training, validation: the rows of metrics.jsonl of either kind, one a step, steps ascending.
+        tasks: the rows of evaluation tasks, keys `task/NAME/METRIC`, in the order they were written.
         events: the event rows, in the order they were written.
         repeated_steps: logged steps that were computed more than once, because a checkpoint lay behind them.
         notes: what a reader of the figures should know: damaged lines, missing files.
@@ -36,6 +39,7 @@ class RunRecord:
     path: Path
     training: tuple[Row, ...]
     validation: tuple[Row, ...]
+    tasks: tuple[Row, ...]
     events: tuple[Row, ...]
     repeated_steps: int
     notes: tuple[str, ...]
@@ -43,6 +47,32 @@ class RunRecord:
     samples: tuple[Sample, ...]
     environment: dict[str, Any]
     config: str
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def status(self) -> str:
+        """`finished`, `interrupted` or, where the last event that is no checkpoint was neither, `unfinished`."""
+        last = next((row["event"] for row in reversed(self.events) if row["event"] != "saved"), "")
+        return last if last in ("finished", "interrupted") else "unfinished"
+
+    @property
+    def seconds_in_steps(self) -> float:
+        """Of all steps, each logged one standing for those since the one before."""
+        steps = [0, *(row["step"] for row in self.training)]
+        gaps = (after - before for before, after in itertools.pairwise(steps))
+        return sum(gap * (row.get("step_time") or 0.0) for row, gap in zip(self.training, gaps, strict=True))
+
+
+def flatten(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every leaf of a nested mapping as (dotted key, value in words)."""
+    for key, value in mapping.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", "none" if value in (None, "") else str(value)
 
 
 def read_run(path: Path) -> RunRecord:
@@ -55,7 +85,9 @@ def read_run(path: Path) -> RunRecord:
     if not metrics.is_file():
         raise ValueError(f"{path}: no run directory, it has no metrics.jsonl; name a directory that train.py wrote")
     notes: list[str] = []
-    training, validation, events, repeated = _sort_metrics(read_metrics(path), notes)
+    lines = read_metrics(path)
+    tasks = [row for _, row in lines if row is not None and is_task(row)]
+    training, validation, events, repeated = _sort_metrics(lines, notes)
     if not training:
         raise ValueError(f"{metrics}: holds no training step yet; train first, or wait for the first logged step")
     layers = _read_optional(path / "layers.json", notes)
@@ -69,6 +101,7 @@ def read_run(path: Path) -> RunRecord:
         path=path,
         training=tuple(training[step] for step in sorted(training)),
         validation=tuple(validation[step] for step in sorted(validation)),
+        tasks=tuple(tasks),
         events=tuple(events),
         repeated_steps=repeated,
         notes=tuple(notes),
@@ -77,6 +110,11 @@ def read_run(path: Path) -> RunRecord:
         environment=json.loads(environment or "{}"),
         config=config,
     )
+
+
+def is_task(row: Row) -> bool:
+    """Whether a row of metrics.jsonl holds the results of evaluation tasks."""
+    return any(key.startswith("task/") for key in row)
 
 
 def _sort_metrics(
@@ -104,7 +142,7 @@ def _sort_metrics(
                 validation = {step: old for step, old in validation.items() if step <= row["step"]}
         elif "val_loss" in row:
             validation[row["step"]] = row
-        else:
+        elif not is_task(row):
             repeated += row["step"] in seen
             seen.add(row["step"])
             training[row["step"]] = row
