@@ -18,6 +18,7 @@ from data.tokenizer import Tokenizer
 Split = Literal["train", "valid"]
 PADDINGS = (1, 64, 128, 256, 512, 1024)  # multiples to which an embedding is commonly rounded up
 SAMPLED_TOKENS = 1 << 20
+SWEPT = 1 << 27  # sequences of an index that a start looks at: seconds, however large the corpus
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def check_data(config: DataConfig, vocab_size: int, *, validation: bool = True, 
 
     Returns the tokenizer's path; None if the data are generated, or if all corpora are foreign
     and data.tokenizer is not set. `validation=False` for a run that never validates, `sweep=False`
-    where another rank reads the indices from end to end. Raises ValueError.
+    where another rank sweeps over the indices (`IndexedDataset.verify`). Raises ValueError.
     """
     if config.source is not None:
         find_task(config.source, config.options).check(config.sequence_length, vocab_size)
@@ -77,7 +78,7 @@ def check_data(config: DataConfig, vocab_size: int, *, validation: bool = True, 
     corpora = open_train(config) + (open_valid(config) if validation else [])
     for corpus in corpora if sweep else ():
         with _named(corpus.key, corpus.path):
-            corpus.dataset.verify()
+            corpus.dataset.verify(limit=SWEPT)
     tokenizer = _common_tokenizer(config, corpora)
     if tokenizer is not None:
         _check_vocabulary(tokenizer, vocab_size)

@@ -92,21 +92,16 @@ class IndexedDataset:
             return self.num_tokens
         return int(self.pointers[sequence]) // self.dtype.itemsize
 
-    def verify(self) -> None:
-        """Sweeps over the index: sequences must lie end to end in the .bin and documents must follow each other."""
-        end = 0
-        for start in range(0, len(self.lengths), CHUNK):
-            lengths = self.lengths[start : start + CHUNK].astype(np.int64)
-            stops = end + np.cumsum(lengths * self.dtype.itemsize)
-            if lengths.min() < 0 or np.any(
-                self.pointers[start : start + CHUNK] != stops - lengths * self.dtype.itemsize
-            ):
-                raise ValueError(
-                    f"{self.idx_path}: damaged between sequences {start} and {start + len(lengths)}; "
-                    f"sequences must lie end to end in the .bin; {WAY_OUT}"
-                )
-            end = int(stops[-1])
-        for start in range(0, len(self.document_index), CHUNK):
+    def verify(self, limit: int | None = None) -> None:
+        """Sweeps over the index: sequences must lie end to end in the .bin and documents must follow each other.
+
+        Args:
+            limit: of an index with more sequences or documents, only as many, in runs at equal distances: for a check
+                whose time must not grow with the corpus.
+        """
+        for start in _sweep(len(self.lengths), limit):
+            self._verify_sequences(start)
+        for start in _sweep(len(self.document_index), limit):
             chunk = self.document_index[start : start + CHUNK + 1]  # one more, to compare across the border
             if np.any(np.diff(chunk) < 0):
                 raise ValueError(f"{self.idx_path}: damaged document index; its entries must not fall; {WAY_OUT}")
@@ -114,6 +109,17 @@ class IndexedDataset:
             raise ValueError(
                 f"{self.idx_path}: document index from {self.document_index[0]} to {self.document_index[-1]}; "
                 f"must run from 0 to the {len(self.lengths)} sequences; {WAY_OUT}"
+            )
+
+    def _verify_sequences(self, start: int) -> None:
+        """Of the sequences from `start`, a chunk: each begins where the one before it ends."""
+        lengths = self.lengths[start : start + CHUNK].astype(np.int64)
+        sizes = lengths * self.dtype.itemsize
+        first = int(self.pointers[start - 1]) + int(self.lengths[start - 1]) * self.dtype.itemsize if start else 0
+        if lengths.min() < 0 or np.any(self.pointers[start : start + CHUNK] != first + np.cumsum(sizes) - sizes):
+            raise ValueError(
+                f"{self.idx_path}: damaged between sequences {start} and {start + len(lengths)}; "
+                f"sequences must lie end to end in the .bin; {WAY_OUT}"
             )
 
 
@@ -193,6 +199,13 @@ class IndexedWriter:
         else:
             self._bin.close()
             self._lengths.close()
+
+
+def _sweep(count: int, limit: int | None) -> range:
+    """Where the chunks begin that a sweep over `count` entries looks at."""
+    chunks = -(-count // CHUNK)
+    visited = chunks if limit is None else min(chunks, max(1, limit // CHUNK))
+    return range(0, count, CHUNK * -(-chunks // visited)) if chunks else range(0)
 
 
 def _map(path: Path) -> mmap.mmap | bytes:
