@@ -1,0 +1,50 @@
+"""A run's YAML as it will be used: `python -m configs.show CONFIG [key.sub=value ...]`.
+
+Prints the whole configuration, defaults and overrides in place, or with --directory the run directory alone; with
+--ranks it is refused if it cannot be spread over so many processes. For scripts, before anything is allocated.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from configs.schema import RunConfig, dump_config, load_config
+from data.loader import check_batch
+from parallel.grid import Grid
+
+
+def check_ranks(run: RunConfig, ranks: int) -> None:
+    """Raises ValueError unless `ranks` processes can share the run's axes and its batch."""
+    split = run.parallel
+    one = Grid(rank=0, world_size=ranks, local_rank=0, device=torch.device("cpu"))
+    grid = one.arranged(pipeline=split.pipeline, sequence=split.sequence, tensor=split.tensor)
+    check_batch(run.train.batch_size, run.train.micro_batch_size, grid.dp_size)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m configs.show",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python -m configs.show configs/griffin_7b.yaml parallel.tensor=8 --ranks 64",
+    )
+    parser.add_argument("config", help="a run's YAML")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces one value of the YAML")
+    parser.add_argument("--directory", action="store_true", help="print the run directory alone")
+    parser.add_argument("--ranks", type=int, metavar="N", help="check that N processes can share the run")
+    options = parser.parse_intermixed_args(argv)
+    try:
+        run = load_config(options.config, options.overrides)
+        if options.ranks is not None:
+            check_ranks(run, options.ranks)
+    except ValueError as error:
+        print(f"configs.show: {error}", file=sys.stderr)
+        return 1
+    print(run.directory if options.directory else dump_config(run).rstrip())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

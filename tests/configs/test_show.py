@@ -1,0 +1,45 @@
+"""What scripts ask of a configuration before anything is allocated."""
+
+from pathlib import Path
+
+import pytest
+
+from configs.schema import dump_config, load_config
+from configs.show import main
+
+CONFIG = "configs/demo.yaml"
+
+
+def test_it_prints_the_resolved_configuration(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main([CONFIG, "train.seed=7", "optimizer.lr=1e-4"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.rstrip() == dump_config(load_config(CONFIG, ["train.seed=7", "optimizer.lr=1e-4"])).rstrip()
+    (tmp_path / "again.yaml").write_text(printed)
+    assert load_config(tmp_path / "again.yaml", []) == load_config(CONFIG, ["train.seed=7", "optimizer.lr=1e-4"])
+
+
+def test_it_prints_the_run_directory_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([CONFIG, "log.directory=elsewhere", "--directory"]) == 0
+    assert capsys.readouterr().out == "elsewhere/demo\n"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides", "message"),
+    [
+        ("3", ["parallel.tensor=2"], "parallel.tensor"),
+        ("64", [], "train.batch_size: value"),
+        ("2", ["train.micro_batch_size=0"], "train.micro_batch_size"),
+        ("2", ["model.depth=3"], "depth"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    capsys: pytest.CaptureFixture[str], ranks: str, overrides: list[str], message: str
+) -> None:
+    assert main([CONFIG, *overrides, "--ranks", ranks]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def test_what_fits_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([CONFIG, "--ranks", "2", "--directory"]) == 0

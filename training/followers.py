@@ -1,0 +1,69 @@
+"""Starts a command for each new checkpoint of a run: `python -m training.followers RUN -- sbatch slurm/eval.sbatch`.
+
+The checkpoint's path is added to the command's end. Those that a command was started for are listed in
+`RUN/followed.txt`, so that whoever is started again, or beside another, starts none twice. Runs until it is ended, or
+with --once looks once.
+"""
+
+import argparse
+import fcntl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from models.checkpoint import list_checkpoints
+
+FOLLOWED = "followed.txt"
+
+
+def follow(run: Path, start: Callable[[Path], None]) -> list[Path]:
+    """Calls `start` with each checkpoint that it has not been called with, oldest first; returns them.
+
+    A call that raises is made again by the next look.
+    """
+    checkpoints = run / "checkpoints"
+    if not checkpoints.is_dir():
+        return []
+    started = []
+    with (run / FOLLOWED).open("a+") as listed:
+        fcntl.flock(listed, fcntl.LOCK_EX)
+        listed.seek(0)
+        known = set(listed.read().split())
+        for path in sorted(list_checkpoints(checkpoints)):
+            if path.name not in known:
+                start(path)
+                listed.write(f"{path.name}\n")
+                listed.flush()
+                started.append(path)
+    return started
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.followers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory; it need not exist yet")
+    parser.add_argument("command", nargs="+", metavar="COMMAND", help="what to start, after --")
+    parser.add_argument("--every", type=float, default=30.0, metavar="SECONDS", help="between looks (30)")
+    parser.add_argument("--once", action="store_true", help="look once and end")
+    options = parser.parse_args(argv)
+
+    def start(path: Path) -> None:
+        subprocess.run([*options.command, str(path)], check=True)
+
+    while True:
+        try:
+            follow(options.run, start)
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"followers: {error}", file=sys.stderr, flush=True)
+            if options.once:
+                return 1
+        if options.once:
+            return 0
+        time.sleep(options.every)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
