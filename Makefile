@@ -1,5 +1,7 @@
 # make demo    the whole main job on the Python standard library's source, report at the end
 # make test    the tests, under 15 minutes on two cores
+# make test-parallel    every arrangement of ranks for every family, five minutes on two cores
+# make test-faults      hundreds of kills, damaged checkpoints and full disks; half an hour on two cores
 # make check   formatter, linter, types, imports
 # make bench   each recurrence against its time loop
 #
@@ -15,7 +17,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 CONSTRAINTS = -c $$($(PY) -c 'import torch; print("constraints.txt" if torch.version.cuda else "constraints-cpu.txt")')
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-all check bench format clean
+.PHONY: help setup demo test test-all test-parallel test-faults check bench format clean
 .DEFAULT_GOAL := help
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -43,6 +45,12 @@ test: setup
 
 test-all: setup
 	$(PYTEST) -m 'slow or not slow'
+
+test-parallel: setup
+	OMP_NUM_THREADS=1 $(PY) -m pytest -s -m parallel_matrix tests/parallel/test_matrix.py
+
+test-faults: setup
+	OMP_NUM_THREADS=1 $(PY) -m pytest -s -m slow tests/faults
 
 check: setup
 	$(PY) -m ruff format --check .

@@ -2,69 +2,47 @@
 
 torchrun --nproc-per-node 2 train.py configs/demo.yaml train.steps=100
 python train.py configs/demo.yaml                    one process
+
+Exit codes: 0 finished, 75 interrupted (the same command goes on), 1 failed, 2 bad usage; exit.json in the run directory
+says the same, as torchrun knows 0 and 1 only.
 """
 
 import argparse
-import json
-import math
 import os
-import resource
-import shutil
-import signal
+import socket
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from pathlib import Path
-from types import FrameType
-from typing import TypeVar
+from contextlib import closing, nullcontext
+from dataclasses import replace
+from typing import Any
 
-import torch
-
-from configs.same_run import refuse_other_model, refuse_other_run
-from configs.schema import ConfigError, RunConfig, config_as_dict, dump_config, load_config
-from data.corpus import check_data
-from data.loader import Loader, check_batch, validation_batches
+from configs.schema import ConfigError, RunConfig, dump_config, load_config
+from data.loader import validation_batches
+from data.skipped import kept_sample, skip
 from data.tokenizer import Tokenizer
 from eval.generate import sample_text
-from eval.validate import validate
-from models.checkpoint import CheckpointError, read_meta, verify
-from models.lm import LM
+from eval.in_loop import LoopModel, holds_whole_model, in_words, longest_row, task_metrics
+from eval.validate import Validation, validate
+from models.checkpoint import CheckpointError, read_meta
 from ops import checked_values
-from parallel.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from parallel.engine import Engine, StepResult
-from parallel.grid import Grid, everywhere, init_distributed
-from parallel.partition import build_model
-from training.environment import describe_environment, peak_flops
-from training.log import RunLog, format_table
-from training.metrics import module_metrics
+from parallel.checkpoint import find_checkpoint, load_checkpoint
+from parallel.engine import StepResult
+from parallel.generation import generating
+from parallel.grid import init_distributed
+from parallel.traffic import counted, summary
+from parallel.watch import Watch, explained
+from parallel.writer import Saved
+from training.ending import FAILED, exit_code
+from training.environment import peak_flops, peak_memory_gb
+from training.health import Health
+from training.metrics import largest, module_metrics
+from training.own_time import OwnTime, Stragglers
+from training.progress import Progress
+from training.run_directory import RunDirectory
 from training.schedule import learning_rate
-
-T = TypeVar("T")
-
-
-class RunError(ValueError):
-    """The run cannot start or go on, for a reason that every rank knows."""
-
-
-def agreed(grid: Grid, action: Callable[[], T]) -> T:
-    """What `action`, which must not communicate, returns; RunError on every rank if it fails on any. Collective."""
-    try:
-        return everywhere(grid, action, ValueError)
-    except ValueError as error:
-        raise RunError(error) from error
-
-
-class StopSignal:
-    """Notes SIGINT and SIGTERM, so that the loop can finish its step, save and leave."""
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
+from training.start import Job, RunError, agreed, assemble, read_progress
+from training.stopping import StopRequest
+from training.watchdog import Watchdog, dump_stacks, stacks_file
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,243 +55,195 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the ranks of a machine read the same file and fail alike
             print(f"train.py: {error}", file=sys.stderr)
-        return 1
+        return FAILED
     try:
         with checked_values() if run.train.check_values else nullcontext():
-            train(run)
+            return train(run)
     except (RunError, CheckpointError) as error:  # raised alike on every rank
         if os.environ.get("RANK", "0") == "0":
             print(f"train.py: {error}", file=sys.stderr)
-        return 1
     except (ValueError, OSError) as error:
         print(f"train.py: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    except RuntimeError as error:
+        if (reason := explained(error)) is None:
+            raise
+        print(f"train.py: rank {os.environ.get('RANK', '0')}: {reason}", file=sys.stderr)
+    return FAILED
 
 
-def train(run: RunConfig) -> None:
-    stop_signal = StopSignal()
+def train(run: RunConfig) -> int:
+    """Trains to the last step or until it is asked to leave; returns the exit code."""
+    stop = StopRequest(run.train.time_limit_minutes, run.train.save_margin_minutes)
     ranks = init_distributed(run.parallel.timeout_minutes)
-    grid = agreed(ranks, lambda: ranks.arranged(sequence=run.parallel.sequence, tensor=run.parallel.tensor))
-    tokenizer_path = agreed(grid, lambda: check_run(run, grid))
-    model, blueprint, partition = agreed(
-        grid, lambda: build_model(run.model, grid, seed=run.train.seed, sequence_length=run.data.sequence_length)
-    )
-    checkpoint, progress = choose_start(run, grid, tokenizer_path)
-    first_step = progress["step"]
-    agreed(grid, lambda: make_directory(run))
-    loader = Loader(
-        run.data,
-        split="train",
-        batch_size=run.train.batch_size,
-        micro_batch_size=run.train.micro_batch_size,
-        dp_rank=grid.dp_rank,
-        dp_size=grid.dp_size,
-        vocab_size=run.model.vocab_size,
-    )
-    engine = Engine(
-        model,
-        grid=grid,
-        parallel=run.parallel,
-        optimizer=run.optimizer,
-        precision=run.train.precision,
-        z_loss=run.train.z_loss,
-        micro_batch_size=run.train.micro_batch_size,
-        num_microbatches=run.train.batch_size // (run.train.micro_batch_size * grid.dp_size),
-        partition=partition,
-    )
-    if checkpoint is not None:
-        load_checkpoint(engine, checkpoint, verified=True)
-    tokenizer = Tokenizer(tokenizer_path) if tokenizer_path is not None else None
-    topology = {"world_size": grid.world_size} | {name: axis.size for name, axis in grid.axes.items()}
-    environment = describe_environment(topology) if grid.is_lead else {}
-    log = agreed(grid, lambda: open_run(run, grid, blueprint, first_step, environment, tokenizer_path))
-    log.event(first_step, "resumed" if checkpoint else "started", f"from {checkpoint}" if checkpoint else "")
+    watch = Watch(ranks, run.parallel.timeout_minutes)
+    split = run.parallel
+    grid = agreed(ranks, lambda: ranks.arranged(pipeline=split.pipeline, sequence=split.sequence, tensor=split.tensor))
+    with RunDirectory(run.directory, lead=grid.is_lead) as directory:
+        agreed(grid, directory.claim)
+        watch.last_words = lambda reason: tell_of_death(directory, grid.rank, reason)
+        with directory.failures_marked():
+            job, progress = assemble(run, grid, directory)
+            with closing(job.log):
+                code = take_steps(job, progress, stop)
+    stop.close()
+    watch.close()
+    grid.close()
+    return code
 
-    def save(step: int) -> None:
-        start = time.perf_counter()
-        path = save_checkpoint(
-            engine,
-            run.directory / "checkpoints",
-            step=step,
-            progress=progress,
-            config_yaml=dump_config(run),
-            environment=environment,
-            tokenizer_path=tokenizer_path,
-            keep_last=run.checkpoint.keep_last,
-            keep_every=run.checkpoint.keep_every,
-        )
-        log.event(step, "saved", f"{path} in {time.perf_counter() - start:.1f} s")
 
-    peak = peak_flops(grid.device)
-    tokens_per_step = run.train.batch_size * run.data.sequence_length
-    flops_per_step = 3 * blueprint.flops_per_token(run.data.sequence_length) * tokens_per_step
-    batches = loader.batches(progress["consumed_samples"])
-    for step in range(first_step + 1, run.train.steps + 1):  # the step that this iteration completes
+def take_steps(job: Job, progress: Progress, stop: StopRequest) -> int:
+    """The training loop; returns the exit code."""
+    run, grid, engine, log = job.run, job.grid, job.engine, job.log
+    health, own_time = Health(run.health, progress.health), OwnTime(engine.called, grid.device)
+    stragglers = Stragglers(grid.gather(socket.gethostname()), run.health.slow_factor)
+    watchdog = Watchdog(job.directory.path, grid.rank, run.health, last_words=lambda what: tell_of_hang(job, what))
+    batches = job.loader.batches(progress.consumed_samples, progress.skipped)
+    stopping, first_step = False, progress.step
+    while progress.step < run.train.steps and not stopping:
         start = time.perf_counter()
         lr = learning_rate(
-            step - 1, peak=run.optimizer.lr, total_steps=run.train.steps, schedule=run.optimizer.schedule
+            progress.step, peak=run.optimizer.lr, total_steps=run.train.steps, schedule=run.optimizer.schedule
         )
-        result = engine.step(next(batches), lr, stop=stop_signal.name is not None)
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            raise RunError(
-                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; nothing was saved after the last "
-                "checkpoint; start again with a lower optimizer.lr or a longer warm-up to continue from it"
-            )
-        progress = {"step": step, "consumed_samples": progress["consumed_samples"] + run.train.batch_size}
-        seconds = time.perf_counter() - start
-        last = step == run.train.steps
-        log.progress(result.loss, tokens_per_step / seconds)
-        if step % run.log.every == 0 or last:
-            utilisation = flops_per_step / seconds / (peak * grid.world_size) if peak else None
-            values = step_metrics(run, progress, result, lr, tokens_per_step / seconds, seconds, utilisation, grid)
-            log.metrics(values | module_metrics(model))
-        if result.stop or last or step % run.checkpoint.every == 0:
-            save(step)
-        if run.eval.every is not None and (step % run.eval.every == 0 or last) and not result.stop:
-            look(run, grid, engine, model, tokenizer, log, step, whole=last)
-        if result.stop and not last:
-            log.event(step, "interrupted", f"by {stop_signal.name or 'a signal'}; the same command continues from here")
-            break
-    else:
-        log.event(run.train.steps, "finished", f"python -m eval.report {run.directory} shows the run")
+        counting = counted(job.model) if run.log.traffic and progress.step == first_step else nullcontext()
+        with watchdog.step(), counting as traffic:
+            microbatches = next(batches)
+            own_time.add(time.perf_counter() - start)
+            result = engine.step(microbatches, lr, stop=stop.requested, accept=health.accepts)
+        seconds, stopping = time.perf_counter() - start, result.stop
+        if traffic is not None:
+            log.event(progress.step + 1, "traffic", summary(traffic.volumes))
+        step, problem = progress.step + 1, health.problem(result.loss, result.grad_norm)
+        if result.accepted:
+            health.made(result.loss, result.grad_norm)
+            consumed = progress.consumed_samples + run.train.batch_size
+            progress = replace(progress, step=step, consumed_samples=consumed)
+            job.directory.step = step
+            log.progress(step, result.loss, run.train.batch_size * run.data.sequence_length / seconds)
+            if problem is not None:
+                log.event(step, "spike", problem)
+        else:
+            progress, goes_back = leave_out(job, health, progress, result, problem or "refused by another rank")
+            if goes_back:
+                progress = go_back(job, health, progress)
+                batches.close()
+                batches = job.loader.batches(progress.consumed_samples, progress.skipped)
+
+        last = progress.step == run.train.steps
+        if result.accepted and (step % run.log.every == 0 or last):
+            told = grid.gather((own_time.take(), grid.axes["pipeline"].index))
+            of_modules = largest(grid.gather(module_metrics(job.model)))
+            log_step(job, progress, result, lr, seconds, stragglers.compare(*zip(*told)), of_modules)
+        validation = look_if_due(job, step, last) if result.accepted and not stopping else None
+        if stopping or (result.accepted and (step % run.checkpoint.every == 0 or last)):
+            save(job, replace(progress, health=health.state()), validation)
+        report_saved(job, stop, job.writer.poll())
+        if last and validation is not None and run.eval.sequences is not None:
+            measure(job, step, None)
+    watchdog.close()
+    report_saved(job, stop, job.writer.wait())
     batches.close()
-    log.close()
-    grid.close()
+    return leave(job, progress, stop)
 
 
-def check_run(run: RunConfig, grid: Grid) -> Path | None:
-    """Refuses what cannot be trained, before anything is built; returns the tokenizer.
-
-    The lead alone reads every index from end to end: at a billion documents that is much to ask of a file system.
-    """
-    check_batch(run.train.batch_size, run.train.micro_batch_size, grid.dp_size)
-    validates = run.eval.every is not None
-    tokenizer_path = check_data(run.data, run.model.vocab_size, validation=validates, sweep=grid.is_lead)
-    if run.eval.prompts and tokenizer_path is None:
-        raise ConfigError(
-            "eval.prompts: given, but the data have no tokenizer; set data.tokenizer or clear the prompts"
-        )
-    if run.eval.prompts and run.parallel.sequence * run.parallel.tensor > 1:
-        raise ConfigError(
-            "eval.prompts: given, but no rank holds the whole model or row under parallel.sequence or parallel.tensor; "
-            "clear the prompts, and generate from a checkpoint (python -m eval.generate)"
-        )
-    if run.checkpoint.resume == "none" and (run.directory / "config.yaml").exists():
-        raise ConfigError(
-            f"checkpoint.resume: none, but {run.directory} holds a run; choose another name, remove the directory, or "
-            "continue with checkpoint.resume=auto"
-        )
-    refuse_other_run(run, tokenizer_path)
-    return tokenizer_path
+def tell_of_death(directory: RunDirectory, rank: int, reason: str) -> None:
+    """What is left to say when another rank is found to be gone."""
+    directory.end("failed", reason, resumable=True)
+    if directory.holds_run:
+        dump_stacks(stacks_file(directory.path, rank))
 
 
-def make_directory(run: RunConfig) -> None:
-    try:
-        run.directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"log.directory: {run.log.directory!r}; {run.directory} cannot be made there ({error.strerror}); name a "
-            "directory that can be written to"
-        ) from error
+def tell_of_hang(job: Job, what: str) -> None:
+    """What is left to say from the watchdog's thread while the loop hangs."""
+    job.directory.end("failed", what, resumable=True)
+    job.log.event(job.directory.step + 1, "hang", what)
 
 
-def choose_start(run: RunConfig, grid: Grid, tokenizer_path: Path | None) -> tuple[Path | None, dict[str, int]]:
-    """The checkpoint that the run continues from, verified, and its progress; None and step 0 for a fresh start.
+def save(job: Job, progress: Progress, validation: Validation | None) -> None:
+    """Begins a checkpoint, which the loop need not wait for. Collective."""
+    job.writer.save(
+        job.engine,
+        step=progress.step,
+        progress=progress.as_json(),
+        config_yaml=dump_config(job.run),
+        environment=job.environment,
+        tokenizer_path=job.tokenizer_path,
+        validation=None if validation is None else {"loss": validation.loss, "tokens": validation.tokens},
+    )
 
-    Collective. A checkpoint of the run itself comes before the one that `checkpoint.resume` names, so that a run that
-    began from another's goes on from its own.
+
+def report_saved(job: Job, stop: StopRequest, complete: list[Saved]) -> None:
+    """Tells of the checkpoints that have become complete."""
+    for saved in complete:
+        stop.saved(saved.seconds)
+        job.log.event(saved.step, "saved", str(saved))
+
+
+def leave_out(job: Job, health: Health, progress: Progress, result: StepResult, problem: str) -> tuple[Progress, bool]:
+    """Puts the samples of a step that was not made behind the run; returns also whether the run is to go back."""
+    first, last = job.loader.samples(progress.consumed_samples, progress.skipped)
+    job.log.event(progress.step + 1, "skipped", f"{problem}; samples {first} to {last}")
+    goes_back = health.not_made(result.loss, result.grad_norm, (first, last))
+    return replace(progress, skipped=skip(progress.skipped, first, last)), goes_back
+
+
+def go_back(job: Job, health: Health, progress: Progress) -> Progress:
+    """Goes on from the newest good checkpoint, without what was left out since. Collective.
 
     Raises:
-        ValueError: all checkpoints are broken, or the one named is of another model, or the run is at its end.
+        RunError: there is none, or the run has gone back too often.
     """
-    checkpoints = run.directory / "checkpoints"
-    path, skipped = find_checkpoint(grid, checkpoints)
-    if grid.is_lead:
-        for reason in skipped:
-            print(f"train.py: skipped {reason}", file=sys.stderr)
-    if path is None and skipped:
+    run, step = job.run, progress.step + 1
+    left_out = ", ".join(f"{first} to {last}" for first, last in health.left_out)
+    way_out = "look at the events and samples, and start again with a lower optimizer.lr or a longer warm-up"
+    if not health.may_go_back:
         raise RunError(
-            f"{checkpoints}: no checkpoint is whole; restore one, or remove the directory to start from step 0"
+            f"health.max_rollbacks: {run.health.max_rollbacks}, all used, and step {step} had to be left out again "
+            f"(samples {left_out}); {way_out}"
         )
-    if path is None and run.checkpoint.resume not in ("auto", "none"):
-        path = Path(run.checkpoint.resume)
-        agreed(grid, lambda: verify(path, part=grid.rank, parts=grid.world_size))
+    for saved in job.writer.wait():
+        job.log.event(saved.step, "saved", str(saved))
+    path, _ = find_checkpoint(job.grid, run.directory / "checkpoints")
+    path = path or job.origin
     if path is None:
-        return None, {"step": 0, "consumed_samples": 0}
-    meta = agreed(grid, lambda: read_meta(path))
-    agreed(grid, lambda: refuse_other_model(run, path, meta["model"], tokenizer_path))
-    if meta["step"] > run.train.steps:
         raise RunError(
-            f"train.steps: {run.train.steps}, but {path} is at step {meta['step']}; train longer or remove it"
+            f"step {step}: left out (samples {left_out}), and there is no checkpoint to go back to; {way_out}"
         )
-    return path, {"step": meta["step"], "consumed_samples": meta["progress"]["consumed_samples"]}
+    meta = agreed(job.grid, lambda: read_meta(path))
+    stored = agreed(job.grid, lambda: read_progress(path, meta))
+    load_checkpoint(job.engine, path)
+    skipped, margin = progress.skipped, run.health.skip_around * run.train.batch_size
+    reached = kept_sample(stored.consumed_samples, stored.skipped)  # what comes before has been consumed
+    for first, last in health.left_out:
+        skipped = skip(skipped, max(reached, first - margin), last + margin)
+    health.went_back(stored.health)
+    job.directory.step = stored.step
+    job.log.event(stored.step, "rolled back", f"from step {step} to {path}; samples left out: {left_out}")
+    return replace(stored, skipped=skipped)
 
 
-def open_run(
-    run: RunConfig,
-    grid: Grid,
-    model: LM,
-    first_step: int,
-    environment: dict,
-    tokenizer_path: Path | None,
-) -> RunLog:
-    """Writes what explains the run into its directory, shows the layer table, and opens the log."""
-    if grid.is_lead:
-        write_whole(run.directory / "config.yaml", dump_config(run))
-        earlier = run.directory / "environment.json"
-        if earlier.exists():  # a resumed run may go on elsewhere
-            earlier.replace(run.directory / f"environment_until_{first_step:08d}.json")
-        write_whole(earlier, json.dumps(environment, indent=2))
-        table = model.layer_table(run.data.sequence_length)
-        write_whole(run.directory / "layers.json", json.dumps(table, indent=2))
-        if tokenizer_path is not None:
-            shutil.copyfile(tokenizer_path, run.directory / "tokenizer.model")
-    log = RunLog(
-        run.directory,
-        active=grid.is_lead,
-        total_steps=run.train.steps,
-        first_step=first_step,
-        wandb=run.log.wandb,
-        config=config_as_dict(run),
-    )
-    if grid.is_lead:
-        log.say(format_table(table))
-        log.say(
-            f"{model.num_params():,} parameters, {model.flops_per_token(run.data.sequence_length):,} forward FLOPs "
-            f"a token, {grid.world_size} ranks on {environment['device']}, {run.train.precision}, "
-            f"ZeRO {run.parallel.zero_stage}"
-        )
-    return log
+def leave(job: Job, progress: Progress, stop: StopRequest) -> int:
+    """Says how the run ended; returns the exit code."""
+    if progress.step == job.run.train.steps:
+        job.log.event(progress.step, "finished", f"python -m eval.report {job.run.directory} shows the run")
+        job.directory.end("finished", "", resumable=False)
+        return exit_code("finished")
+    job.log.event(progress.step, "interrupted", f"by {stop.reason}; the same command continues from here")
+    job.directory.end("interrupted", stop.reason, resumable=True)
+    return exit_code("interrupted")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a file in one step: whoever is killed meanwhile leaves the earlier one."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
-
-
-def look(
-    run: RunConfig,
-    grid: Grid,
-    engine: Engine,
-    model: LM,
-    tokenizer: Tokenizer | None,
-    log: RunLog,
-    step: int,
-    *,
-    whole: bool,
-) -> None:
-    """Validates, on all held-out rows where `whole`, and lets the lead continue the prompts."""
+def measure(job: Job, step: int, sequences: int | None) -> Validation:
+    """Validates on so many held-out rows, None: on all."""
+    run, grid, log = job.run, job.grid, job.log
+    tokenizer = Tokenizer(job.tokenizer_path) if job.tokenizer_path is not None else None
     result = validate(
-        engine.evaluate,
+        job.engine.evaluate,
         validation_batches(
             run.data,
             micro_batch_size=run.train.micro_batch_size,
             dp_rank=grid.dp_rank,
             dp_size=grid.dp_size,
-            max_sequences=None if whole else run.eval.sequences,
+            max_sequences=sequences,
             vocab_size=run.model.vocab_size,
         ),
         sequence_length=run.data.sequence_length,
@@ -323,52 +253,90 @@ def look(
     log.metrics({"step": step} | result.as_metrics())
     bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
     log.say(f"step {step}: validation loss {result.loss:.4f}{bits} over {result.tokens:,} tokens")
-    if grid.is_lead and run.eval.prompts and tokenizer is not None:
-        texts = sample_text(
-            model,
-            tokenizer,
-            run.eval.prompts,
-            max_tokens=run.eval.sample_tokens,
-            temperature=run.eval.temperature,
-            top_p=run.eval.top_p,
-            seed=step,
-        )
-        path = run.directory / "samples" / f"step_{step:08d}.txt"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    return result
 
 
-def step_metrics(
-    run: RunConfig,
-    progress: dict[str, int],
+def look_if_due(job: Job, step: int, last: bool) -> Validation | None:
+    """What the run has to show of itself after a step; its validation, if there is one. Collective."""
+    settings, validation = job.run.eval, None
+    if settings.every is not None and (step % settings.every == 0 or last):
+        validation = look(job, step)
+    if job.tasks and (step % (settings.tasks_every or 1) == 0 or last):
+        ask_tasks(job, step)
+    return validation
+
+
+def look(job: Job, step: int) -> Validation:
+    """Validates on `eval.sequences` rows, as checkpoints are compared by, and continues the prompts."""
+    run = job.run
+    result = measure(job, step, run.eval.sequences)
+    if run.eval.prompts and job.tokenizer_path is not None:
+        with generating(job.model, job.grid) as model:
+            texts = sample_text(
+                model,
+                Tokenizer(job.tokenizer_path),
+                run.eval.prompts,
+                max_tokens=run.eval.sample_tokens,
+                temperature=run.eval.temperature,
+                top_p=run.eval.top_p,
+                seed=step,
+            )
+        if job.grid.is_lead:
+            path = run.directory / "samples" / f"step_{step:08d}.txt"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    return result
+
+
+def ask_tasks(job: Job, step: int) -> None:
+    """The evaluation tasks of the run, on all ranks together."""
+    run, grid = job.run, job.grid
+    tokenizer = Tokenizer(job.tokenizer_path) if job.tokenizer_path is not None else None
+    model = LoopModel(
+        job.engine.judge,
+        add_up=grid.sum,
+        collect=grid.gather,
+        data_rank=grid.dp_rank,
+        data_ranks=grid.dp_size,
+        rows=run.train.micro_batch_size,
+        longest=longest_row(run),
+        vocab_size=run.model.vocab_size,
+        tokenizer=tokenizer,
+        whole=job.model if holds_whole_model(run) else None,
+    )
+    found = task_metrics(job.tasks, model)
+    job.log.metrics({"step": step} | found)
+    job.log.say(f"step {step}: {in_words(found)}")
+
+
+def log_step(
+    job: Job,
+    progress: Progress,
     result: StepResult,
     lr: float,
-    tokens_per_second: float,
     seconds: float,
-    utilisation: float | None,
-    grid: Grid,
-) -> dict:
-    """One training line of `metrics.jsonl`."""
-    return {
-        "step": progress["step"],
-        "consumed_samples": progress["consumed_samples"],
-        "tokens": progress["consumed_samples"] * run.data.sequence_length,
+    straggler: tuple[dict[str, Any], str | None],
+    of_modules: dict[str, float],
+) -> None:
+    """One training line of `metrics.jsonl`, and a word on a rank that has become slow."""
+    run, peak = job.run, peak_flops(job.grid.device)
+    values = {
+        "step": progress.step,
+        "consumed_samples": progress.consumed_samples,
+        "tokens": progress.consumed_samples * run.data.sequence_length,
         "loss": result.loss,
         "z_loss": result.z_loss,
         "grad_norm": result.grad_norm,
         "lr": lr,
-        "tokens_per_second": tokens_per_second,
+        "tokens_per_second": run.train.batch_size * run.data.sequence_length / seconds,
         "step_time": seconds,
-        "memory_gb": peak_memory_gb(grid.device),
-        "mfu": utilisation,
+        "memory_gb": peak_memory_gb(job.grid.device),
+        "mfu": job.flops_per_step / seconds / (peak * job.grid.world_size) if peak else None,
     }
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Most memory this process has held: of the GPU, or of the host where there is none."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
+    figures, slow = straggler
+    job.log.metrics(values | figures | of_modules)
+    if slow is not None:
+        job.log.event(progress.step, "slow rank", slow)
 
 
 if __name__ == "__main__":

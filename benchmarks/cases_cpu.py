@@ -21,6 +21,7 @@ from models.mixers.rglru import RGLRUConfig
 from models.mlp import MLPConfig
 from ops import (
     Layout,
+    attention,
     causal_conv1d,
     diagonal_gru,
     diagonal_lstm,
@@ -72,6 +73,8 @@ def cases(small: bool) -> list[Case]:
             work.gated_linear_attention(2 * time * 4, 64, 64, CHUNK, FP32, FP32),
         ),
         *(delta_rule(draw, time, width) for width in (64, 128)),
+        full_attention(draw, time, 4, time),
+        full_attention(draw, time, 1, time // 4),
         recurrence(
             f"diagonal_lstm B4 T{time} D256",
             diagonal_lstm,
@@ -89,6 +92,25 @@ def cases(small: bool) -> list[Case]:
         norm(draw, time),
         cross_entropy(draw, 256 if small else 2048),
     ]
+
+
+def full_attention(draw: Inputs, time: int, groups: int, document: int) -> Case:
+    """Rows of documents of the same length: one, or some."""
+    layout = None if document == time else Layout((torch.arange(time) % document).repeat(2, 1))
+    works = work.attention(2 * time * (document + 1) // 2, 2 * time, groups, 4, 64, FP32)
+
+    def run(impl: str) -> Contender:
+        return lambda q, k, v: attention(q, k, v, layout=layout, impl=impl)[0]
+
+    return Case(
+        name=f"attention B2 T{time} H4 G{groups} K64, documents of {document}",
+        inputs=draw.attention(2, time, 4, groups, 64),
+        oracle=run("reference"),
+        contenders={"chunked": run("chunked"), "torch": run("sdpa")},
+        tolerance=TOLERANCE,
+        forward=works[0],
+        backward=works[1],
+    )
 
 
 def delta_rule(draw: Inputs, time: int, width: int) -> Case:
@@ -126,14 +148,14 @@ def transformers_delta_rule() -> Contender:
 def rglru_layer(draw: Inputs, time: int) -> Case:
     """The recurrent block of Griffin, width 512, beside transformers' RecurrentGemma with the same weights."""
     width, heads = 512, 8
-    attention = LocalAttentionConfig(
+    local = LocalAttentionConfig(
         heads=heads, kv_heads=1, head_dim=width // heads, window=32, rotary_fraction=0.5, output_bias=True
     )
     config = ModelConfig(
         vocab_size=8,
         width=width,
         layers=("rglru", "rglru", "local_attention"),
-        mixers=MixerConfigs(rglru=RGLRUConfig(width=width, gate_blocks=heads), local_attention=attention),
+        mixers=MixerConfigs(rglru=RGLRUConfig(width=width, gate_blocks=heads), local_attention=local),
         mlp=MLPConfig(width=width),
     )
     model = LM(config)

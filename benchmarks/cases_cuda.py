@@ -13,6 +13,7 @@ from benchmarks import work
 from benchmarks.inputs import Inputs
 from benchmarks.measure import Case, Contender, Work
 from ops import (
+    attention,
     causal_conv1d,
     diagonal_gru,
     diagonal_lstm,
@@ -21,6 +22,7 @@ from ops import (
     linear_cross_entropy,
     linear_scan,
     rms_norm,
+    rotary,
 )
 
 BF16, FP32 = 2, 4
@@ -67,8 +69,10 @@ def cases(device: torch.device, shapes: Shapes) -> list[Case]:
         *(delta_rule(draw, batch, time, heads, keys, values, peers) for values in (keys, 2 * keys)),
         *(lstm(device, batch, time, channels) for channels in shapes.cells),
         gru(device, batch, time, shapes.cells[-1]),
+        full_attention(draw, batch, time, heads, keys, peers),
         convolution(draw, batch, time, shapes.width, peers),
         norm(draw, batch * time, shapes.width, peers),
+        rotation(draw, batch, time, heads, keys, peers),
         cross_entropy(draw, *shapes.loss, peers),
     ]
 
@@ -156,6 +160,42 @@ def gru(device: torch.device, batch: int, time: int, width: int) -> Case:
     works = work.diagonal_gru(batch * time * width, FP32)
     name = f"diagonal_gru B{batch} T{time} D{width} fp32"
     return case(name, diagonal_gru, inputs, works, {}, tolerance=FP32_TOLERANCE)
+
+
+def full_attention(draw: Inputs, batch: int, time: int, heads: int, width: int, peers: bool) -> Case:
+    """Grouped queries, 4 heads a key. No kernel of it is ours: "sdpa" is what `auto` takes on an unmeasured device."""
+    groups = max(1, heads // 4)
+    names = ["sdpa", "chunked"]
+    if peers:
+        names += ["flex", "fla", *(["flash_attn"] if find_spec("flash_attn") else [])]
+    forward, backward = work.attention(batch * time * (time + 1) // 2, batch * time, groups, heads, width, BF16)
+    return Case(
+        name=f"attention B{batch} T{time} H{heads} G{groups} K{width}",
+        inputs=draw.attention(batch, time, heads, groups, width),
+        oracle=form(attention, "chunked"),
+        contenders={name: form(attention, name) for name in names},
+        tolerance=BF16_TOLERANCE,
+        forward=forward,
+        backward=backward,
+    )
+
+
+def rotation(draw: Inputs, batch: int, time: int, heads: int, width: int, peers: bool) -> Case:
+    positions = torch.arange(time, device=draw.device).repeat(batch, 1)
+
+    def run(impl: str) -> Contender:
+        return lambda x: rotary(x, positions, impl=impl)
+
+    forward, _ = work.elementwise(batch * time * heads * width, BF16)
+    return Case(
+        name=f"rotary B{batch} T{time} H{heads} K{width}",
+        inputs={"x": draw.normal(batch, time, heads, width)},
+        oracle=run("reference"),
+        contenders={impl: run(impl) for impl in ("triton", "reference", *(["fla"] if peers else []))},
+        tolerance=BF16_TOLERANCE,
+        forward=forward,
+        backward=forward,
+    )
 
 
 def convolution(draw: Inputs, batch: int, time: int, width: int, peers: bool) -> Case:

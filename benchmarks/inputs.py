@@ -34,6 +34,9 @@ class Inputs:
         q, k, v = (self.normal(*shape, width) for width in (keys, keys, values))
         return {"q": q, "k": k, "v": v, "log_decay": self.log_decay(*shape, keys)}
 
+    def attention(self, batch: int, time: int, heads: int, groups: int, width: int) -> dict[str, Tensor]:
+        return {name: self.normal(batch, time, n, width) for name, n in (("q", heads), ("k", groups), ("v", groups))}
+
     def delta_rule(self, batch: int, time: int, heads: int, keys: int, values: int) -> dict[str, Tensor]:
         shape = (batch, time, heads)
         tensors = {"q": self.normal(*shape, keys), "k": self.keys(*shape, keys), "v": self.normal(*shape, values)}

@@ -25,6 +25,8 @@ import torch
 
 from training.environment import describe_environment
 
+RESULTS = Path(__file__).parent / "results"
+
 if TYPE_CHECKING:
     from benchmarks.measure import Machine, Row
 
@@ -34,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="whose cases (default: cuda where there is a GPU)")
     parser.add_argument("--only", nargs="*", default=[], help="cases whose name contains one of these")
     parser.add_argument("--rounds", type=int, help="rounds of each case (default: 5 on a CPU, 30 on a GPU)")
-    parser.add_argument("--output", type=Path, help="where to write NAME.json and NAME.png")
+    parser.add_argument(
+        "--output", type=Path, help="NAME.json and NAME.png; a run of all cases writes benchmarks/results/ops_DEVICE"
+    )
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes: shows that all cases run, not how fast")
     args = parser.parse_args(argv)
     kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -42,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.rehearse:
             parser.error("--device cuda: there is no GPU here; --rehearse runs its cases tiny on the CPU")
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, at the first call
+    if args.output is None and not args.only and not args.rehearse:
+        args.output = RESULTS / f"ops_{kind}"
     report(kind, args.only, args.rounds or (5 if kind == "cpu" else 30), args.rehearse, args.output)
 
 

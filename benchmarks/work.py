@@ -52,6 +52,16 @@ def diagonal_gru(elements: int, size: int) -> tuple[Work, Work]:
     )
 
 
+def attention(pairs: int, tokens: int, groups: int, heads: int, width: int, size: int) -> tuple[Work, Work]:
+    """`pairs` of a query and a key that it sees, of one head. Two products and an exp a pair; backward forms the scores
+    again and has four products more. Each of q, k, v, o and of their gradients once."""
+    numbers = tokens * width * (2 * heads + 2 * groups)
+    return (
+        Work(bytes=size * numbers, flops=4.0 * pairs * heads * width, transcendentals=pairs * heads),
+        Work(bytes=2 * size * numbers, flops=10.0 * pairs * heads * width, transcendentals=pairs * heads),
+    )
+
+
 def elementwise(elements: int, size: int) -> tuple[Work, Work]:
     """One read and one write; backward reads x and dy and writes dx: convolution and norms."""
     return Work(bytes=2 * elements * size), Work(bytes=3 * elements * size)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import ConfigError, RunConfig, config_as_dict, load_config, shown
+from training.run_directory import NO_RUN
 
 MAY_CHANGE = {"model.impl", "data.prefetch"}
 """What of model and data a run may be continued with another value of: neither changes what is computed."""
@@ -15,7 +16,7 @@ def refuse_other_run(config: RunConfig, tokenizer: Path | None) -> None:
     tokenizer, or something that is no run."""
     directory = config.directory
     if not (directory / "config.yaml").exists():
-        if directory.exists() and any(directory.iterdir()):
+        if directory.exists() and any(path.name not in NO_RUN for path in directory.iterdir()):
             raise ConfigError(f"{directory}: holds files but no config.yaml, so it is no run; choose another name")
         return
     here, there = config_as_dict(config), config_as_dict(load_config(directory / "config.yaml"))

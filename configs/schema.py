@@ -22,6 +22,7 @@ from data.config import DataConfig
 from models.config import ModelConfig
 from parallel.config import ParallelConfig
 from training.config import CheckpointConfig, EvalConfig, LogConfig, OptimizerConfig, TrainConfig
+from training.health import HealthConfig
 
 
 class ConfigError(ValueError):
@@ -41,6 +42,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
 
     def __post_init__(self) -> None:
         if not self.name or Path(self.name).name != self.name or self.name == "..":

@@ -21,6 +21,7 @@ from data.corpus import Corpus, check_ids, open_train, open_valid
 from data.indexed import IndexedDataset
 from data.order import Blend, Permutation
 from data.prefetch import prefetch
+from data.skipped import Ranges, kept_sample
 from data.synthetic import NO_TARGET, SyntheticRows
 
 
@@ -84,8 +85,8 @@ class Loader:
 
     batch_size: sequences of an optimizer step over all ranks. micro_batch_size: B, the rows of one Batch.
     vocab_size: bound on the ids of foreign corpora; prepared ones know theirs.
-    Sample s of the step that starts at sample c: microbatch m of rank r holds
-    s = c + (m dp_size + r) micro_batch_size + 0 … micro_batch_size - 1.
+    The step after c consumed samples: microbatch m of rank r holds those that come after
+    c + (m dp_size + r) micro_batch_size + 0 … micro_batch_size - 1 samples that are not skipped.
     Raises ValueError if the batch does not divide or a corpus cannot be used.
     """
 
@@ -111,8 +112,8 @@ class Loader:
         self._batch_size, self._micro_batch_size = batch_size, micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
 
-    def batches(self, consumed_samples: int) -> Generator[list[Batch], None, None]:
-        """This rank's microbatches of each optimizer step after `consumed_samples`, without end.
+    def batches(self, consumed_samples: int, skipped: Ranges = ()) -> Generator[list[Batch], None, None]:
+        """This rank's microbatches of each optimizer step after `consumed_samples`, without end; none of `skipped`.
 
         Read ahead by a thread, which closing the iterator stops; errors of the thread are raised here.
         """
@@ -120,18 +121,23 @@ class Loader:
             raise ValueError(
                 f"consumed_samples: value {consumed_samples}; must not be negative; resume from 0 or later"
             )
-        steps = (self._step(consumed) for consumed in itertools.count(consumed_samples, self._batch_size))
+        steps = (self._step(consumed, skipped) for consumed in itertools.count(consumed_samples, self._batch_size))
         return prefetch(steps, self._prefetch) if self._prefetch else steps
 
-    def _step(self, consumed: int) -> list[Batch]:
+    def samples(self, consumed_samples: int, skipped: Ranges = ()) -> tuple[int, int]:
+        """The first and the last sample of the step after `consumed_samples`, over all ranks."""
+        last = consumed_samples + self._batch_size - 1
+        return kept_sample(consumed_samples, skipped), kept_sample(last, skipped)
+
+    def _step(self, consumed: int, skipped: Ranges) -> list[Batch]:
         start = consumed + self._dp_rank * self._micro_batch_size
         stop = consumed + self._batch_size
         return [
-            self._microbatch(range(first, first + self._micro_batch_size))
+            self._microbatch([kept_sample(count, skipped) for count in range(first, first + self._micro_batch_size)])
             for first in range(start, stop, self._dp_size * self._micro_batch_size)
         ]
 
-    def _microbatch(self, samples: range) -> Batch:
+    def _microbatch(self, samples: list[int]) -> Batch:
         return _batch([self._rows[corpus][row] for corpus, row in self.locate(samples)])
 
     def locate(self, samples: Iterable[int]) -> list[tuple[int, int]]:

@@ -25,7 +25,7 @@ from eval.inline_svg import NARROW, PALETTE, WIDE, render_svg
 from eval.quantity import compact
 from eval.run_record import RunRecord
 
-MARKED_EVENTS = ("resumed", "interrupted")
+MARKED_EVENTS = ("resumed", "interrupted", "rolled back", "spike", "skipped")
 
 
 class Drawing(NamedTuple):
@@ -188,7 +188,13 @@ def _step_axis(run: RunRecord, axes: Axes) -> None:
     axes.set_xlabel("step")
     for kind in MARKED_EVENTS:
         for step in sorted({row["step"] for row in run.events if row["event"] == kind}):
-            axes.axvline(step, color=PALETTE["event"], linewidth=1.0, linestyle=(0, (3, 3)), gid=f"{kind}-{step}")
+            axes.axvline(
+                step,
+                color=PALETTE["event"],
+                linewidth=1.0,
+                linestyle=(0, (3, 3)),
+                gid=f"{kind.replace(' ', '-')}-{step}",
+            )
     saved = sorted({row["step"] for row in run.events if row["event"] == "saved"})
     style: dict[str, Any] = {
         "linestyle": "none",

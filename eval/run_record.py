@@ -137,7 +137,7 @@ def _sort_metrics(
             notes.append(f"metrics.jsonl: {cut}; it was left out.")
         elif "event" in row:
             events.append(row)
-            if row["event"] == "resumed":
+            if row["event"] in ("resumed", "rolled back"):
                 training = {step: old for step, old in training.items() if step <= row["step"]}
                 validation = {step: old for step, old in validation.items() if step <= row["step"]}
         elif "val_loss" in row:

@@ -2,35 +2,37 @@
 
     checkpoints/
       latest -> step_00000500
+      best -> step_00000300       of the lowest validation loss
       step_00000500/
-        manifest.json           size and sha256 of every other file, written last
-        meta.json               format version, step, progress, parameters and shapes, topology, environment
-        config.yaml             the run's resolved configuration
-        tokenizer.model         the run's tokenizer, if it has one
-        .metadata, __*.distcp   tensors, as torch.distributed.checkpoint stores them
+        manifest.json             size and sha256 of every other file, written last
+        meta.json                 format version, step, progress, parameters and shapes, topology, environment
+        index.json                which file holds which tensor
+        config.yaml               the run's resolved configuration
+        tokenizer.model           the run's tokenizer, if it has one
+        tensors_00000.safetensors what the first rank wrote, and so on
 
 A tensor is stored whole, in fp32, once, under a name that no topology enters (`tensor_key`). A directory under its
-final name is complete: it was written beside, synced and renamed.
+final name is complete: it was written beside, synced and renamed. Nothing in it is executed when it is read: JSON and
+safetensors hold data only. torch.distributed.checkpoint reads it too, with its HuggingFaceStorageReader.
 """
 
 import hashlib
 import json
-import pickle
+import os
 import re
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 kept its tensors in DCP's own files, whose table is a pickle."""
 
-MANIFEST, META, CONFIG, TOKENIZER = "manifest.json", "meta.json", "config.yaml", "tokenizer.model"
+MANIFEST, META, INDEX, CONFIG, TOKENIZER = "manifest.json", "meta.json", "index.json", "config.yaml", "tokenizer.model"
 
 Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
 KINDS: tuple[Kind, ...] = ("weight", "exp_avg", "exp_avg_sq")
@@ -46,18 +48,25 @@ def tensor_key(kind: Kind, name: str) -> str:
     return f"{_PREFIXES[kind]}.{name}"
 
 
+def tensor_file(rank: int) -> str:
+    """The name of the file that a rank writes."""
+    return f"tensors_{rank:05d}.safetensors"
+
+
 def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.removeprefix("step_"))
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """The checkpoints of a run, oldest step first; whether they are intact is for `verify` to say."""
     if not directory.is_dir():
         return []
-    return sorted(
-        (path for path in directory.iterdir() if re.fullmatch(r"step_\d{8,}", path.name)),
-        key=lambda path: int(path.name.removeprefix("step_")),
-    )
+    return sorted((path for path in directory.iterdir() if re.fullmatch(r"step_\d{8,}", path.name)), key=step_of)
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -81,10 +90,13 @@ def verify(path: Path, *, part: int = 0, parts: int = 1) -> None:
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         raise CheckpointError(f"{path / MANIFEST}: has no mapping files of sizes and sha256; use another checkpoint")
+    for name in (META, INDEX):
+        if name not in files:
+            raise CheckpointError(f"{path / MANIFEST}: does not list {name}; use another checkpoint")
     for name in sorted(files)[part::parts]:
         expected = files[name]
         try:
-            size = (path / name).stat().st_size
+            size = _inside(path, name).stat().st_size
             if size != expected.get("bytes"):
                 raise CheckpointError(
                     f"{path / name}: {size} bytes instead of {expected.get('bytes')}; use another checkpoint"
@@ -135,27 +147,27 @@ def read_weights(path: Path, *, verified: bool = False) -> dict[str, Tensor]:
     """
     if not verified:
         verify(path)
-    names = _parameters(path)
-    tensors = read_tensors(path, [tensor_key("weight", name) for name in names])
-    return {name: tensors[tensor_key("weight", name)] for name in names}
+    return {name: weight for (_, name), weight in read_parameters(path, [("weight", name) for name in _shapes(path)])}
 
 
 @torch.no_grad()
 def load_weights(path: Path, model: nn.Module, *, verified: bool = False) -> None:
-    """Copies the weights of an intact checkpoint into `model`; `verified` as in `read_weights`.
+    """Copies the weights of an intact checkpoint into `model`, one after the other; `verified` as in `read_weights`.
 
     Raises:
         CheckpointError: it is damaged, or of another model; `model` is unchanged then.
     """
-    require_parameters(path, {name: p.shape for name, p in model.named_parameters()})
-    weights = read_weights(path, verified=verified)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(weights[name])
+    parameters = dict(model.named_parameters())
+    require_parameters(path, {name: p.shape for name, p in parameters.items()})
+    if not verified:
+        verify(path)
+    for (_, name), weight in read_parameters(path, [("weight", name) for name in parameters]):
+        parameters[name].copy_(weight)
 
 
 def require_parameters(path: Path, expected: Mapping[str, Iterable[int]]) -> None:
     """Raises CheckpointError, naming the differences, unless the checkpoint holds just these parameters and shapes."""
-    found = {name: list(shape) for name, shape in _parameters(path).items()}
+    found = {name: list(shape) for name, shape in _shapes(path).items()}
     wanted = {name: list(shape) for name, shape in expected.items()}
     missing = [name for name in wanted if name not in found]
     extra = [name for name in found if name not in wanted]
@@ -166,51 +178,95 @@ def require_parameters(path: Path, expected: Mapping[str, Iterable[int]]) -> Non
     ]
     if missing or extra or unequal:
         raise CheckpointError(
-            f"{path}: a checkpoint of another model: missing {_some(missing)}; not in the model {_some(extra)}; "
-            f"of another shape {_some(unequal)}; use the model of its {CONFIG}, or give this run another name"
+            f"{path}: a checkpoint of another model: missing {some(missing)}; not in the model {some(extra)}; "
+            f"of another shape {some(unequal)}; use the model of its {CONFIG}, or give this run another name"
         )
 
 
-def _parameters(path: Path) -> dict[str, list[int]]:
-    parameters = read_meta(path).get("parameters")
-    if not isinstance(parameters, dict):
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """Of the parameters, by name."""
+    shapes = read_meta(path).get("parameters")
+    if not isinstance(shapes, dict) or not all(isinstance(shape, list) for shape in shapes.values()):
         raise CheckpointError(f"{path / META}: has no mapping of parameters to shapes; use another checkpoint")
-    return parameters
+    return shapes
 
 
-def _some(items: list[str], limit: int = 8) -> str:
+def some(items: Sequence[str], limit: int = 8) -> str:
+    """The first of many items, and how many are left."""
     shown = ", ".join(items[:limit]) or "none"
     return f"{shown} and {len(items) - limit} more" if len(items) > limit else shown
 
 
-def read_tensors(path: Path, keys: Iterable[str]) -> dict[str, Tensor]:
-    """Reads tensors by stored name, on the CPU; the others are left on the disk.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a file of tensors on the CPU, contiguous and none of another's storage, and syncs it. Holds no copy.
 
     Raises:
-        CheckpointError: a key is not stored, or the storage cannot be read.
+        OSError: it cannot be written.
     """
-    reader = _Reader(path)
+    with path.open("wb") as file:
+        mode = os.fstat(file.fileno()).st_mode
     try:
-        stored = reader.read_metadata().state_dict_metadata
-        tensors: dict[str, Any] = {}
-        for key in keys:
-            entry = stored.get(key)
-            if not isinstance(entry, TensorStorageMetadata):
-                raise CheckpointError(f"{path}: no tensor {key!r}; use another checkpoint")
-            tensors[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(tensors, storage_reader=reader, no_dist=True)
-    except (OSError, pickle.UnpicklingError, EOFError, CheckpointException) as error:
-        raise CheckpointError(f"{path}: tensors cannot be read, {causes(error)}; use another checkpoint") from error
-    return tensors
+        save_file(dict(tensors), path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+    path.chmod(mode)  # safetensors leaves it readable by its owner alone
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
-def causes(error: BaseException) -> str:
-    """One line on what went wrong; where ranks failed together, what happened on each."""
-    if isinstance(error, CheckpointException):
-        return "; ".join(f"rank {rank}: {causes(exception)}" for rank, (exception, _) in sorted(error.failures.items()))
-    return f"{type(error).__name__}: {error}"
+def read_index(path: Path) -> dict[str, str]:
+    """The name of the file that holds each tensor, by stored name."""
+    index = _read_json(path, INDEX)
+    if not all(isinstance(name, str) for name in index.values()):
+        raise CheckpointError(f"{path / INDEX}: does not map tensors to files; use another checkpoint")
+    return index
+
+
+def iter_tensors(path: Path, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Reads tensors by stored name, file by file, one in memory at a time; the others are left on the disk.
+
+    Raises:
+        CheckpointError: a key is not stored, or a file cannot be read.
+    """
+    index = read_index(path)
+    files: dict[str, list[str]] = {}
+    for key in keys:
+        if key not in index:
+            raise CheckpointError(f"{path}: no tensor {key!r}; use another checkpoint")
+        files.setdefault(index[key], []).append(key)
+    for name, held in files.items():
+        try:
+            # Read, not mapped: mapped pages would count as this process' memory beside the copies of them.
+            with safe_open(_inside(path, name), framework="pt", backend="pread") as file:
+                for key in held:
+                    yield key, file.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path / name}: tensors cannot be read, {error}; use another checkpoint") from error
+
+
+def read_parameters(path: Path, wanted: Iterable[tuple[Kind, str]]) -> Iterator[tuple[tuple[Kind, str], Tensor]]:
+    """Weights or moments of parameters, whole and fp32 `shape`, one in memory at a time.
+
+    Raises:
+        CheckpointError: one is not stored, or is not what meta.json says.
+    """
+    shapes = _shapes(path)
+    named = {tensor_key(kind, name): (kind, name) for kind, name in wanted}
+    for key, tensor in iter_tensors(path, named):
+        expected = shapes.get(named[key][1])
+        if tensor.dtype != torch.float32 or list(tensor.shape) != expected:
+            raise CheckpointError(
+                f"{path}: {key} is {tensor.dtype} {list(tensor.shape)} instead of torch.float32 {expected}; "
+                "use another checkpoint"
+            )
+        yield named[key], tensor
+
+
+def _inside(path: Path, name: str) -> Path:
+    """A file of the checkpoint: what was written elsewhere may name files that are none of its own."""
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise CheckpointError(f"{path}: names {name!r}, which is no file of its own; use another checkpoint")
+    return path / name
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
@@ -219,7 +275,9 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     except FileNotFoundError:
         what = f"has no {name}: it was not written to its end" if path.is_dir() else "is not a checkpoint directory"
         raise CheckpointError(f"{path}: {what}; use another checkpoint") from None
-    except (OSError, ValueError) as error:
+    except NotADirectoryError:
+        raise CheckpointError(f"{path}: is not a checkpoint directory; use another checkpoint") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path / name}: {error}; use another checkpoint") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path / name}: holds no mapping; use another checkpoint")
@@ -228,51 +286,8 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
 
 def _require_version(path: Path, content: Mapping[str, Any]) -> None:
     version = content.get("format_version")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format_version {version!r}; this Rondo reads {FORMAT_VERSION}; use the one that wrote it"
-        )
-
-
-class _Unpickler(pickle.Unpickler):
-    """Builds DCP's tables and nothing else: a pickle may otherwise call anything."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "pathlib" and name.endswith("Path"):
-            return PurePosixPath  # the module differs between Python versions
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if (module, name) in _HARMLESS:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f".metadata names {module}.{name}, which no checkpoint holds")
-
-
-_HARMLESS = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
-}
-
-
-class _Reader(dcp.FileSystemReader):
-    """DCP's reader with a restricted unpickler; tensors it reads with `weights_only` already."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata = _Unpickler(file).load()
-        if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError(".metadata holds no table of tensors")
-        metadata.storage_meta = StorageMeta(load_id=self.load_id)
-        return metadata
+    if version == FORMAT_VERSION and isinstance(version, int):
+        return
+    newer = isinstance(version, int) and version > FORMAT_VERSION
+    way_out = "update Rondo" if newer else f"use the Rondo that wrote it (git_revision in its {META})"
+    raise CheckpointError(f"{path}: format_version {version!r}; this Rondo reads {FORMAT_VERSION}; {way_out}")

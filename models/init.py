@@ -6,7 +6,7 @@ whole tensor, so a rank that holds a part draws the whole one and cuts.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +45,10 @@ def initialize(model: nn.Module, seed: int) -> None:
         model.get_parameter(name).copy_(values)
 
 
-def initial_values(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
+def initial_values(model: nn.Module, seed: int, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Name and initial value of every parameter, tied ones once; drawn in fp32 on the CPU, so equal on every device.
 
-    Of the model's parameters only names and shapes count: they may lie on the meta device.
+    Of the model's parameters only names and shapes count: they may lie on the meta device. With `names` of these alone.
 
     Raises:
         TypeError: a module owns a parameter without a rule.
@@ -62,9 +62,11 @@ def initial_values(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
                 f"{type(module).__name__} {module_name!r} has no initial value for {own.keys() - rules.keys()}"
             )
         for name, rule in rules.items():
+            done.add(id(own[name]))
+            if names is not None and f"{module_name}.{name}" not in names:
+                continue
             values = torch.empty(own[name].shape, dtype=torch.float32, device="cpu")
             rule(values, parameter_generator(seed, f"{module_name}.{name}"))
-            done.add(id(own[name]))
             yield f"{module_name}.{name}", values
 
 

@@ -17,6 +17,9 @@ from ops import Layout, linear_cross_entropy, resolve_impl
 State = tuple[Any, ...]
 """One entry a block, each its mixer's own."""
 
+JUDGED_LOGITS = 2**25
+"""Logits that `likeliest` holds at once."""
+
 
 class Embedding(nn.Module):
     """`[B, T] -> [B, T, D]`. Rows start as N(0, 1 / D): with the scale of sqrt(D) the stream starts at unit variance,
@@ -40,6 +43,10 @@ class Head(nn.Module):
 
     Args:
         tied: the embedding whose matrix is used, or None for a matrix of its own.
+
+    Attributes:
+        judges: while it is set, what a label yields beside its nll is not the log normaliser but 1 where the label is
+            the most likely token, else 0.
     """
 
     def __init__(self, config: ModelConfig, tied: Embedding | None, *, device_type: str = "cpu") -> None:
@@ -48,6 +55,7 @@ class Head(nn.Module):
         self.weight = tied.weight if tied is not None else nn.Parameter(torch.empty(config.vocab_size, config.width))
         self.tied = tied is not None
         self.logit_soft_cap = config.logit_soft_cap
+        self.judges = False
         choice = (config.impl or {}).get("linear_cross_entropy", "auto")
         self.impl = resolve_impl("linear_cross_entropy", choice, device_type)
 
@@ -59,7 +67,10 @@ class Head(nn.Module):
         and the log normaliser of each, `[B, T]` fp32 both, 0 where the label is -100."""
         x = self.norm(x)
         if labels is not None:
-            return linear_cross_entropy(x, self.weight, labels, logit_soft_cap=self.logit_soft_cap, impl=self.impl)
+            nll, log_z = linear_cross_entropy(
+                x, self.weight, labels, logit_soft_cap=self.logit_soft_cap, impl=self.impl
+            )
+            return nll, (likeliest(x, self.weight)[1] == labels).to(nll.dtype) if self.judges else log_z
         logits = nn.functional.linear(x, self.weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.logit_soft_cap is None:
@@ -68,6 +79,21 @@ class Head(nn.Module):
 
     def flops_per_token(self) -> int:
         return 2 * self.weight.numel()
+
+
+@torch.no_grad()
+def likeliest(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest of the logits `weight x` of each token and the first entry that has it, `[...]` each.
+
+    x is `[..., D]`. In fp32 under autocast, too: among logits rounded to bf16 many are equal. A soft cap, which keeps
+    their order, is left out.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    rows = x.reshape(-1, x.shape[-1]).split(max(1, JUDGED_LOGITS // max(1, len(weight))))
+    with torch.autocast(x.device.type, enabled=False):
+        best = [nn.functional.linear(part.to(dtype), weight.to(dtype)).max(dim=-1) for part in rows]
+    logits, entries = (torch.cat(parts).view(x.shape[:-1]) for parts in zip(*best))
+    return logits, entries
 
 
 def _shared_modules(config: ModelConfig) -> Iterator[tuple[str, nn.Module]]:
@@ -136,15 +162,21 @@ class LM(nn.Module):
             With labels (nll, log_z), fp32 `[B, T]` each (`Head`). Without, the logits `[B, T, N]` and the state
             after these tokens, None unless one was given.
         """
+        x, new_state = self.hidden(input_ids, positions, state)
+        if labels is not None:
+            return self.head(x, labels)
+        return self.head(x), new_state
+
+    def hidden(self, input_ids: Tensor, positions: Tensor, state: State | None = None) -> tuple[Tensor, State | None]:
+        """What the head reads, `[B, T, D]`, and the state after these tokens, None unless one was given: for callers
+        who need the logits of some tokens only."""
         layout = Layout(positions)
         x = self.embed(input_ids)
         new_state = []
         for block, block_state in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
             x, block_state = block(x, layout, block_state)
             new_state.append(block_state)
-        if labels is not None:
-            return self.head(x, labels)
-        return self.head(x), tuple(new_state) if state is not None else None
+        return x, tuple(new_state) if state is not None else None
 
     def init_state(self, batch_size: int, device: torch.device | str = "cpu") -> State:
         """The state before the first token of `batch_size` rows."""
@@ -159,8 +191,8 @@ class LM(nn.Module):
         return blocks + self.head.flops_per_token()
 
     def layer_table(self, sequence_length: int) -> list[dict[str, Any]]:
-        """One row a layer, and one for what the layers of a kind share: layer, mixer, impl, parameters, forward FLOPs
-        per token."""
+        """One row a layer, one for what the layers of a kind share, and one for the implementation of all norms, whose
+        weights are counted where they stand: layer, mixer, impl, parameters, forward FLOPs per token."""
         embedding = self.embed.weight.numel()
         rows: list[dict[str, Any]] = [
             {"layer": "embed", "mixer": "", "impl": "", "parameters": embedding, "flops_per_token": 0}
@@ -182,4 +214,5 @@ class LM(nn.Module):
             )
         own = self.num_params() - sum(row["parameters"] for row in rows)
         head = {"layer": "head", "mixer": "tied to embed" if self.head.tied else "", "impl": self.head.impl}
-        return [*rows, head | {"parameters": own, "flops_per_token": self.head.flops_per_token()}]
+        norms = {"layer": "norms", "mixer": "", "impl": self.head.norm.impl, "parameters": 0, "flops_per_token": 0}
+        return [*rows, norms, head | {"parameters": own, "flops_per_token": self.head.flops_per_token()}]

@@ -1,15 +1,15 @@
 """A trained model and its figures back from a run directory or checkpoint, in one process."""
 
-import dataclasses
 import json
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 
 from models.checkpoint import META, TOKENIZER, CheckpointError, latest_good, load_weights, read_meta, verify
 from models.config import ModelConfig
 from models.lm import LM
+from models.plain import from_plain
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -41,13 +41,21 @@ def restore_model(checkpoint: Path, device: torch.device | str = "cpu", *, verif
     Raises:
         CheckpointError: the checkpoint is damaged, or does not say what model it holds.
     """
+    model = LM(read_config(checkpoint), device_type=torch.device(device).type)
+    load_weights(checkpoint, model, verified=verified)
+    return model.to(device)
+
+
+def read_config(checkpoint: Path) -> ModelConfig:
+    """What model a checkpoint holds; implementations are left to be chosen for the device at hand.
+
+    Raises:
+        CheckpointError: it does not say.
+    """
     meta = read_meta(checkpoint)
     if "model" not in meta:
         raise CheckpointError(f"{checkpoint / META}: has no model entry; use a checkpoint that train.py wrote")
-    config = _from_plain(ModelConfig, meta["model"] | {"impl": None})  # chosen for this device instead
-    model = LM(config, device_type=torch.device(device).type)
-    load_weights(checkpoint, model, verified=verified)
-    return model.to(device)
+    return from_plain(ModelConfig, meta["model"] | {"impl": None})
 
 
 def tokenizer_path(checkpoint: Path) -> Path | None:
@@ -72,12 +80,3 @@ def _parse_row(line: str) -> dict[str, Any] | None:
     except json.JSONDecodeError:
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
-
-
-def _from_plain(kind: Any, value: Any) -> Any:
-    """What `dataclasses.asdict` took apart, after JSON, as an instance of the dataclass `kind` again."""
-    dataclass: Any = next((option for option in (kind, *get_args(kind)) if dataclasses.is_dataclass(option)), None)
-    if dataclass is not None and isinstance(value, dict):
-        hints = get_type_hints(dataclass)
-        return dataclass(**{key: _from_plain(hints[key], inner) for key, inner in value.items()})
-    return tuple(value) if isinstance(value, list) else value

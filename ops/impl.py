@@ -4,7 +4,7 @@ import os
 from importlib.util import find_spec
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "attention": ("chunked", "reference", "flex", "flash_attn"),
+    "attention": ("chunked", "reference", "sdpa", "flex", "flash_attn", "fla"),
     "causal_conv1d": ("chunked", "reference", "triton", "fla"),
     "diagonal_gru": ("chunked", "reference", "triton"),
     "diagonal_lstm": ("chunked", "reference", "triton"),
@@ -12,13 +12,13 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "gated_linear_attention": ("chunked", "reference", "triton", "fla"),
     "linear_cross_entropy": ("chunked", "reference", "triton"),
     "linear_scan": ("chunked", "reference", "triton", "fla"),
-    "local_attention": ("chunked", "reference", "flex", "flash_attn"),
+    "local_attention": ("chunked", "reference", "sdpa", "flex", "flash_attn", "fla"),
     "rms_norm": ("chunked", "reference", "triton", "fla"),
-    "rotary": ("reference", "triton"),
+    "rotary": ("reference", "triton", "fla"),
 }
 
-# What `auto` takes, from measurements in benchmarks/results. Only a measured device has a column, and others take that
-# of the CPU: kernels that nobody has timed are asked for by name.
+# What `auto` takes, from measurements in benchmarks/results. Only a measured device has a column: kernels
+# that nobody has timed are asked for by name.
 AUTO: dict[str, dict[str, str]] = {
     "cpu": {
         "attention": "chunked",
@@ -34,6 +34,8 @@ AUTO: dict[str, dict[str, str]] = {
         "rotary": "reference",
     },
 }
+# On a device without a column, torch's own fused attention, which torch measures, and else what the CPU's says.
+UNMEASURED = AUTO["cpu"] | {"attention": "sdpa", "local_attention": "sdpa"}
 
 # Implementation -> the package it needs. They run on a GPU only, triton's also under its interpreter.
 GPU_ONLY = {"triton": "triton", "fla": "fla", "flash_attn": "flash_attn", "flex": "torch"}
@@ -47,7 +49,7 @@ def resolve_impl(op: str, impl: str, device_type: str) -> str:
     """
     check_impl(op, impl)
     if impl == "auto":
-        return AUTO.get(device_type, AUTO["cpu"])[op]
+        return AUTO.get(device_type, UNMEASURED)[op]
     reason = _obstacle(impl, device_type)
     if reason:
         able = [name for name in IMPLEMENTATIONS[op] if not _obstacle(name, device_type)]

@@ -1,5 +1,7 @@
 """The four axes of the process grid, pipeline x data x sequence x tensor, and the process group along each."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -11,6 +13,9 @@ AXES = ("pipeline", "data", "sequence", "tensor")
 
 _groups: dict[tuple[int, ...], Any] = {}
 """Process groups of this rank by their global ranks, made once."""
+
+_made: set[tuple[int, ...]] = set()
+"""Global ranks of the groups that `make_groups` made, the same on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,8 @@ class Axis:
 
     @property
     def group(self) -> Any:
-        """The process group. Collective over the axis on its first use."""
+        """The process group. Collective over the axis on the first use of one that `make_groups` did not make, for
+        ranks that are in equally many groups."""
         if self.size == dist.get_world_size():
             return dist.group.WORLD
         if self.ranks not in _groups:
@@ -48,18 +54,42 @@ class Axis:
 
 
 def make_axes(rank: int, sizes: dict[str, int]) -> dict[str, Axis]:
-    """The axes of `rank` in a grid of `sizes` (by AXES), and `replicas`: the data and sequence axes taken together,
-    over which parameters are replicated and gradients averaged."""
+    """The axes of `rank` in a grid of `sizes` (by AXES), and two that span several: `replicas`, data and sequence, over
+    which parameters are replicated and gradients averaged; and `stage`, all ranks of this one's pipeline stage."""
     coordinates, rest = {}, rank
     for name in reversed(AXES):
         rest, coordinates[name] = divmod(rest, sizes[name])
     assert rest == 0, (rank, sizes)
     axes = {}
-    for name, spanned in (*((name, (name,)) for name in AXES), ("replicas", ("data", "sequence"))):
+    several = {"replicas": ("data", "sequence"), "stage": ("data", "sequence", "tensor")}
+    for name, spanned in ({name: (name,) for name in AXES} | several).items():
         places = product(*(range(sizes[key]) if key in spanned else (coordinates[key],) for key in AXES))
         ranks = tuple(_rank(place, sizes) for place in places)
         axes[name] = Axis(name, ranks.index(rank), ranks)
     return axes
+
+
+def connect(sizes: dict[str, int]) -> None:
+    """Makes the groups of a grid of `sizes`, and of the runs of tensor ranks that `part` gives. Collective over all."""
+    world = [make_axes(rank, sizes) for rank in range(math.prod(sizes.values()))]
+    for name in world[0]:
+        size = world[0][name].size
+        parts = [n for n in range(2, size) if size % n == 0] if name == "tensor" else []
+        make_groups(axis.ranks for axes in world for axis in (axes[name], *(axes[name].part(n) for n in parts)))
+
+
+def make_groups(groups: Iterable[tuple[int, ...]]) -> None:
+    """Makes the process groups of these global ranks, all of them on every rank in the same order. Collective over all.
+
+    Members that make theirs alone, on first use, meet under a name that torch forms from the number of groups each is
+    in: where that differs, as among stages of which some share a parameter, they wait for each other for ever.
+    """
+    for ranks in groups:
+        if len(ranks) < dist.get_world_size() and ranks not in _made:
+            _made.add(ranks)
+            group = dist.new_group(list(ranks))
+            if dist.get_rank() in ranks:
+                _groups[ranks] = group
 
 
 def _rank(place: tuple[int, ...], sizes: dict[str, int]) -> int:

@@ -28,6 +28,16 @@ def gather(x: Tensor, axis: Axis) -> Tensor:
     return _Gather.apply(x, axis) if axis.size > 1 else x.unsqueeze(0)
 
 
+def gather_slices(x: Tensor, axis: Axis) -> Tensor:
+    """[B, T, ...] of all ranks' [B, T / ranks, ...]; their gradients are summed, and each rank gets its own slice's."""
+    return _GatherSlices.apply(x, axis) if axis.size > 1 else x
+
+
+def reduce_slices(x: Tensor, axis: Axis) -> Tensor:
+    """This rank's [B, T / ranks, ...] of the sum of all ranks' x [B, T, ...]; the gradients of all slices come back."""
+    return _ReduceSlices.apply(x, axis) if axis.size > 1 else x
+
+
 def exchange(x: Tensor, axis: Axis, split: int, join: int) -> Tensor:
     """Cut x along dim `split` into one part a rank, hand each rank its part, and join what arrives along `join`."""
     return _Exchange.apply(x, axis, split, join) if axis.size > 1 else x
@@ -66,6 +76,44 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
     gathered = x.new_empty(axis.size, *x.shape)
     dist.all_gather_into_tensor(gathered.flatten(0, 1) if x.dim() else gathered, x if x.dim() else x[None], axis.group)
     return gathered
+
+
+def _join_slices(x: Tensor, axis: Axis, layer: str) -> Tensor:
+    x = x.contiguous()
+    record(axis, "all_gather", x, layer)
+    slices = x.new_empty(axis.size, *x.shape)
+    dist.all_gather_into_tensor(slices.flatten(0, 1), x, axis.group)
+    return torch.cat(slices.unbind(0), dim=1)
+
+
+def _sum_slices(x: Tensor, axis: Axis, layer: str) -> Tensor:
+    slices = torch.stack(x.chunk(axis.size, dim=1))
+    record(axis, "reduce_scatter", slices, layer)
+    own = torch.empty_like(slices[0])
+    dist.reduce_scatter_tensor(own.view(-1), slices.view(-1), group=axis.group)
+    return own
+
+
+class _GatherSlices(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis, ctx.layer = axis, running_layer()
+        return _join_slices(x, axis, ctx.layer)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        return _sum_slices(dx, ctx.axis, ctx.layer), None
+
+
+class _ReduceSlices(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis, ctx.layer = axis, running_layer()
+        return _sum_slices(x, axis, ctx.layer)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        return _join_slices(dx, ctx.axis, ctx.layer), None
 
 
 class _Copy(torch.autograd.Function):

@@ -1,131 +1,127 @@
-"""Makes a checkpoint appear whole or not at all. Everything here runs on one rank."""
+"""Makes a checkpoint appear whole or not at all. Everything here runs on one rank, in a directory it has to itself."""
 
-import errno
-import fcntl
 import json
+import math
 import os
 import shutil
-import socket
-import time
-import warnings
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from models.checkpoint import FORMAT_VERSION, MANIFEST, TOKENIZER, CheckpointError, describe_file, list_checkpoints
+from models.checkpoint import (
+    FORMAT_VERSION,
+    MANIFEST,
+    CheckpointError,
+    describe_file,
+    list_checkpoints,
+    read_meta,
+    step_of,
+)
 
-NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What flock says on a file system that has none, for example Lustre mounted without `flock`."""
 
-OWNER = ".lock.owner"
-
-
-def prepare(staging: Path, guard: ExitStack) -> None:
-    """Makes an empty directory to write into, and removes what killed saves left behind.
-
-    The parent is locked: what lies there while the lock is free is written by nobody.
-
-    Args:
-        staging: where the checkpoint is written before it is published.
-        guard: when it closes, the lock is given up, and `staging` removed if it was not published.
-
-    Raises:
-        CheckpointError: another process holds the lock.
-    """
-    directory = staging.parent
-    directory.mkdir(parents=True, exist_ok=True)
-    _lock(directory, guard)
-    _sweep(directory)
-    guard.callback(shutil.rmtree, staging, ignore_errors=True)
+def stage(staging: Path) -> None:
+    """Makes an empty directory to write into, and removes what killed saves left behind."""
+    staging.parent.mkdir(parents=True, exist_ok=True)
+    if staging.exists():
+        shutil.rmtree(staging)
+    sweep(staging.parent)
     staging.mkdir()
 
 
-def _lock(directory: Path, guard: ExitStack) -> None:
-    """Holds a lock that ends with the process, or where the file system has none, a file that may outlive it."""
-    lock = guard.enter_context((directory / ".lock").open("w"))
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise CheckpointError(f"{directory}: another process is saving here; give each run its own directory") from None
-    except OSError as error:
-        if error.errno not in NO_FLOCK:
-            raise
-        owner = directory / OWNER
-        warnings.warn(
-            f"{directory}: this file system has no flock ({error.strerror}); {owner} takes its place, and a killed "
-            "save leaves it behind",
-            stacklevel=2,
-        )
-        _create_owner(owner, guard)
-
-
-def _create_owner(owner: Path, guard: ExitStack) -> None:
-    """Creates the file that says who is saving, to be removed when `guard` closes."""
-    try:
-        file = owner.open("x")
-    except FileExistsError:
-        raise CheckpointError(
-            f"{owner.parent}: {_describe_owner(owner)} is saving here, or was killed while it did; give each run its "
-            f"own directory, or, once you know that no process saves here, remove {owner}"
-        ) from None
-    guard.callback(owner.unlink, missing_ok=True)
-    with file:
-        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}, file)
-
-
-def _describe_owner(owner: Path) -> str:
-    """Who wrote the file and how long ago; whether the process still runs, where it can be asked."""
-    try:
-        content = json.loads(owner.read_bytes())
-        host, pid = str(content["host"]), int(content["pid"])
-        minutes = (time.time() - float(content["time"])) / 60
-    except (OSError, ValueError, KeyError, TypeError):
-        return "a process that has not said which"
-    here = host == socket.gethostname()
-    state = "" if not here else ", which still runs" if Path(f"/proc/{pid}").exists() else ", which runs no more"
-    return f"process {pid} on {host}{state}, since {minutes:.0f} minutes ago,"
-
-
-def _sweep(directory: Path) -> None:
+def sweep(directory: Path) -> list[str]:
+    """Removes what is no checkpoint; returns what could not be removed, and why."""
+    problems = []
     for path in directory.glob(".step_*"):
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            problems.append(f"{path} cannot be removed: {error.strerror}")
+    return problems
 
 
-def write_rest(
-    staging: Path, contents: dict[str, bytes], tokenizer_path: Path | None, files: dict[str, dict[str, Any]]
-) -> None:
-    """Writes what is no tensor, and last the manifest over all files."""
-    if tokenizer_path is not None:
-        contents = contents | {TOKENIZER: tokenizer_path.read_bytes()}
+def write_rest(staging: Path, contents: dict[str, bytes], files: dict[str, dict[str, Any]]) -> None:
+    """Writes what is no tensor, and last the manifest over all files.
+
+    Args:
+        staging: where the tensors are.
+        contents: by file name.
+        files: the manifest's entries of the files that are already there.
+    """
     for name, content in contents.items():
         _write_synced(staging / name, content)
-    files = files | {name: describe_file(staging / name) for name in (".metadata", *contents)}
+    files = files | {name: describe_file(staging / name) for name in contents}
     manifest = {"format_version": FORMAT_VERSION, "files": files}
     _write_synced(staging / MANIFEST, json.dumps(manifest, indent=1).encode())
     _sync_directory(staging)
 
 
 def publish(staging: Path, final: Path) -> None:
-    """Gives the checkpoint its name and lets `latest` point at it; one of the same step makes way."""
+    """Gives the checkpoint its name and lets `latest` point at it.
+
+    One of the same step makes way: the run did not continue from it, so it was damaged or belongs to another course.
+    """
     if final.exists():
         final.rename(final.with_name(f".{final.name}.replaced"))
     staging.rename(final)
     _sync_directory(final.parent)
-    link = final.with_name(".latest")
-    link.unlink(missing_ok=True)
-    link.symlink_to(final.name)
-    link.replace(final.with_name("latest"))
-    _sync_directory(final.parent)
+    _point(final.parent, "latest", final)
 
 
-def retire(directory: Path, step: int, keep_last: int, keep_every: int | None) -> None:
-    """Removes the checkpoints that nothing keeps; each leaves its name first, so that none is ever half there."""
-    steps = {int(path.name.removeprefix("step_")): path for path in list_checkpoints(directory)}
-    kept = set(sorted(number for number in steps if number <= step)[-keep_last:])
-    kept |= {number for number in steps if keep_every and number <= step and number % keep_every == 0}
+def retire(directory: Path, *, step: int, keep_last: int, keep_every: int | None, keep_best: bool) -> list[str]:
+    """Points `best` at the checkpoint of the lowest validation loss and removes those that nothing keeps.
+
+    Each leaves its name first, so that none is ever half there.
+
+    Args:
+        directory: of the run's checkpoints.
+        step: of the newest. Those beyond it belong to a course that the run left when it continued from an earlier one.
+        keep_last: number of newest checkpoints that stay.
+        keep_every: multiples of this step stay for good.
+        keep_best: the one that `best` points at stays.
+
+    Returns:
+        What could not be removed, and why.
+    """
+    steps = {step_of(path): path for path in list_checkpoints(directory)}
+    candidates = sorted(number for number in steps if number <= step)
+    kept = set(candidates[-keep_last:])
+    kept |= {number for number in candidates if keep_every and number % keep_every == 0}
+    best = _best([steps[number] for number in candidates]) if keep_best else None
+    if best is not None:
+        kept.add(step_of(best))
+        _point(directory, "best", best)
+    else:
+        (directory / "best").unlink(missing_ok=True)
     for number in steps.keys() - kept:
         steps[number].rename(directory / f".{steps[number].name}.retired")
-    _sweep(directory)
+    return sweep(directory)
+
+
+def _best(paths: list[Path]) -> Path | None:
+    """The lowest validation loss, of equal ones the later; None if no checkpoint has one.
+
+    Losses over different numbers of tokens do not compare: those like the newest one's count.
+    """
+    losses = {}
+    for path in paths:
+        try:
+            found = read_meta(path).get("validation")
+            if found is not None and math.isfinite(loss := float(found["loss"])):
+                losses[path] = (loss, int(found["tokens"]))
+        except (CheckpointError, TypeError, KeyError, ValueError):
+            continue  # damaged: whoever reads it is told
+    if not losses:
+        return None
+    *_, (_, tokens) = losses.values()
+    return min((path for path in reversed(losses) if losses[path][1] == tokens), key=lambda path: losses[path][0])
+
+
+def _point(directory: Path, name: str, target: Path) -> None:
+    """Makes or moves a link in one step."""
+    link = directory / f".{name}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(target.name)
+    link.replace(directory / name)
+    _sync_directory(directory)
 
 
 def _write_synced(path: Path, content: bytes) -> None:

@@ -5,22 +5,23 @@ microbatches: the targets are counted over all ranks before the first backward p
 its sum divided by that count. DeepSpeed averages gradients over the data axis, so the axis' size is multiplied back in.
 """
 
-import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from torch import Tensor, nn
 
 from models.lm import LM
-from parallel.axes import Axis
+from parallel.admission import require_equal_weights, require_valid
 from parallel.collectives import all_gather, all_reduce
 from parallel.config import ParallelConfig, deepspeed_config
+from parallel.gate import UpdateGate
 from parallel.grid import Grid
 from parallel.partition import Partition
+from parallel.scatter import scatter_all
 from parallel.state import TrainingState
 from parallel.tensor import counts, is_cut
 from training.config import OptimizerConfig, Precision
@@ -47,10 +48,10 @@ class StepResult(NamedTuple):
     Attributes:
         loss: mean negative log likelihood over all valid targets, in nats; 0 if there is none.
         z_loss: mean squared log normaliser over the same targets, before its weight.
-        grad_norm: L2 norm of the whole gradient before clipping. Not finite: the gradient was not either, and weights
-            and moments were left as they were.
+        grad_norm: L2 norm of the whole gradient before clipping. Not finite: the gradient was not either.
         tokens: valid targets.
         stop: whether any rank passed `stop` to the step.
+        accepted: whether the update was made; otherwise weights and moments were left as they were.
     """
 
     loss: float
@@ -58,6 +59,7 @@ class StepResult(NamedTuple):
     grad_norm: float
     tokens: int
     stop: bool
+    accepted: bool
 
 
 class Engine:
@@ -109,9 +111,11 @@ class Engine:
             micro_batch_size=micro_batch_size,
             num_microbatches=num_microbatches,
         )
-        _require_valid(config, parallel)
+        require_valid(config, parallel)
         self.module = model.to(grid.device)
-        _require_equal_weights(model, grid)
+        if parallel.zero_stage == 3:
+            scatter_all(model, grid, parallel)
+        require_equal_weights(model, grid)
         # Fused: ZeRO hands over one flat tensor, and the unfused update would allocate several more of its size.
         self._adamw = torch.optim.AdamW(
             parameter_groups(model, optimizer.weight_decay),
@@ -120,19 +124,33 @@ class Engine:
             eps=optimizer.eps,
             fused=True,
         )
-        self._deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=self._adamw, config=config, mpu=ModelParallelUnit(grid)
-        )
+        self._gate = UpdateGate(self._adamw)
+        self._deepspeed = self._initialize(config, partition)
         self._clip_norm = optimizer.clip_norm or float("inf")
-        self.state = TrainingState(model, self._adamw, self._deepspeed.optimizer, partition)
+        stages, index = partition.stages if partition is not None else None, grid.axes["pipeline"].index
+        self._owned_before = stages.owned_before(index) if stages is not None else frozenset()
+        self.state = TrainingState(model, self._adamw, self._deepspeed.optimizer, partition, self._owned_before)
 
-    def step(self, microbatches: Sequence[Batch], lr: float, stop: bool = False) -> StepResult:
+    def _initialize(self, config: dict[str, Any], partition: Partition | None) -> Any:
+        """DeepSpeed's engine around the model."""
+        unit = ModelParallelUnit(self.grid)
+        return deepspeed.initialize(model=self.module, optimizer=self._adamw, config=config, mpu=unit)[0]
+
+    def step(
+        self,
+        microbatches: Sequence[Batch],
+        lr: float,
+        stop: bool = False,
+        accept: Callable[[float, float], bool] = lambda loss, grad_norm: True,
+    ) -> StepResult:
         """One optimizer step over the microbatches of all ranks. Collective.
 
         Args:
             microbatches: this rank's.
             lr: learning rate.
             stop: this rank wants to end the run; all learn it from the result. The step is made in any case.
+            accept: asked with loss and gradient norm, both finite, before the update, which is made if all ranks
+                accept. Where one of the two is not finite no update is made and nobody asked.
         """
         if len(microbatches) != self.num_microbatches:
             raise ValueError(f"{len(microbatches)} microbatches; this engine takes {self.num_microbatches} a step")
@@ -141,36 +159,86 @@ class Engine:
         counts = torch.stack([tokens, torch.full_like(tokens, stop)])
         dist.all_reduce(counts)
         tokens, stops = counts.unbind()
-        tokens = tokens // self.grid.axes["tensor"].size  # which all count the same
+        tokens = tokens // (self.grid.axes["tensor"].size * self.grid.axes["pipeline"].size)  # who count the same
         scale = self.grid.axes["replicas"].size / tokens.clamp(min=1)
         for group in self._adamw.param_groups:
             group["lr"] = lr
 
         sums = torch.zeros(2, dtype=torch.float64, device=self.grid.device)  # of nll and log_z ** 2
+        measured: list[tuple[float, float, float]] = []
+
+        def admit() -> bool:
+            measured.append(self._measure(sums, tokens))
+            loss, _, norm = measured[0]
+            return self._all(math.isfinite(loss) and math.isfinite(norm) and accept(loss, norm))
+
+        self._gate.expect(admit)
+        self._run(batches, scale, sums)
+        # DeepSpeed drops a gradient whose norm is not finite without asking.
+        loss, z_loss, norm = measured[0] if measured else self._measure(sums, tokens)
+        return StepResult(loss, z_loss, norm, int(tokens), stop=bool(stops), accepted=self._gate.passed)
+
+    @property
+    def called(self) -> nn.Module:
+        """What is called once a microbatch on this rank: the model, or a pipeline stage of it."""
+        return self._deepspeed.module
+
+    def _run(self, batches: Sequence[tuple[Tensor, Tensor, Tensor]], scale: Tensor, sums: Tensor) -> None:
+        """Forward and backward of all microbatches, whose objective is the sum over targets times `scale`, and the
+        update.
+
+        Args:
+            sums: that of nll and of log_z ** 2 over this rank's targets are added to it.
+        """
         for batch in batches:
             nll, log_z = self._deepspeed(*batch)
             nll_sum, square_sum = nll.sum(), log_z.square().sum()
             self._deepspeed.backward(scale * (nll_sum + self.z_loss * square_sum), scale_wrt_gas=False)
             sums += torch.stack([nll_sum, square_sum]).detach()
-            if batch is batches[-1] and self.parallel.zero_stage == 0:
-                grad_norm = self._clip()
             self._deepspeed.step()
-        if self.parallel.zero_stage > 0:
-            grad_norm = self._deepspeed.get_global_grad_norm()
 
-        sums = all_reduce(sums, self.grid.axes["replicas"])
+    def _measure(self, sums: Tensor, tokens: Tensor) -> tuple[float, float, float]:
+        """Loss and z-loss of the step from this rank's sums, and the gradient norm. Collective."""
+        norm = self._clip() if self.parallel.zero_stage == 0 else self._deepspeed.optimizer._global_grad_norm
+        for name in ("replicas", "pipeline"):
+            sums = all_reduce(sums, self.grid.axes[name])
         loss, z_loss = (sums / tokens.clamp(min=1)).tolist()
-        return StepResult(loss=loss, z_loss=z_loss, grad_norm=float(grad_norm), tokens=int(tokens), stop=bool(stops))
+        return loss, z_loss, float(norm)
+
+    def _all(self, answer: bool) -> bool:
+        """Whether the answer of every rank is yes. Collective."""
+        refusals = torch.tensor(int(not answer), device=self.grid.device)
+        dist.all_reduce(refusals)
+        return not refusals
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
         """Negative log likelihood of this rank's rows, fp32 `[B, T]`, 0 where there is no target. Collective."""
+        return self._look_at(batch)[0]
+
+    @torch.no_grad()
+    def judge(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What `evaluate` returns, and whether each target is the most likely token, fp32 `[B, T]` of 0 and 1.
+        Collective."""
+        heads: list[Any] = [module for module in self.module.modules() if hasattr(module, "judges")]
+        try:
+            for head in heads:
+                head.judges = True
+            return self._look_at(batch)
+        finally:
+            for head in heads:
+                head.judges = False
+
+    def _look_at(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Both results of the head over this rank's whole rows, without a step."""
         self.module.eval()
         try:
-            nll, _ = self._deepspeed(*self._to_device(batch))
+            found = self._deepspeed(*self._to_device(batch))
         finally:
             self.module.train()
-        return torch.cat(all_gather(nll, self.grid.axes["sequence"]).unbind(0), dim=1)
+        axis = self.grid.axes["sequence"]
+        nll, other = (torch.cat(all_gather(part, axis).unbind(0), dim=1) for part in found)
+        return nll, other
 
     def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The model's arguments: of the rows, this rank's slice."""
@@ -185,19 +253,16 @@ class Engine:
         return input_ids, positions, labels
 
     def _clip(self) -> Tensor:
-        """Norm of the reduced gradients before they are clipped: without ZeRO, DeepSpeed clips but does not tell.
-
-        Gradients that are not finite are dropped, as ZeRO drops them: AdamW passes over parameters without one.
-        """
-        parameters = [p for p in self.module.parameters() if p.grad is not None]
-        axis = self.grid.axes["tensor"]
-        parts = [p.grad for p in parameters if p.grad is not None and is_cut(p) and counts(p)]
-        whole = [p.grad for p in parameters if p.grad is not None and not is_cut(p)]
+        """Norm of the reduced gradients before they are clipped: without ZeRO, DeepSpeed clips but does not tell, and
+        leaves out what other pipeline stages hold. Collective."""
+        found = {name: p for name, p in self.module.named_parameters() if p.grad is not None}
+        once = [(p, p.grad) for name, p in found.items() if name not in self._owned_before and p.grad is not None]
+        parts = [grad for p, grad in once if is_cut(p) and counts(p)]
+        whole = [grad for p, grad in once if not is_cut(p)]
         of_parts, of_whole = (nn.utils.get_total_norm(part).square().to(self.grid.device) for part in (parts, whole))
-        norm = (all_reduce(of_parts, axis) + of_whole).sqrt()
-        nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
-        if not norm.isfinite():
-            self.module.zero_grad(set_to_none=True)
+        of_stage = all_reduce(of_parts, self.grid.axes["tensor"]) + of_whole
+        norm = all_reduce(of_stage, self.grid.axes["pipeline"]).sqrt()
+        nn.utils.clip_grads_with_norm_(found.values(), self._clip_norm, norm)
         return norm
 
 
@@ -224,41 +289,3 @@ class ModelParallelUnit:
 
     def get_data_parallel_group(self) -> Any:
         return self._replicas.group
-
-
-def _require_valid(config: dict[str, Any], parallel: ParallelConfig) -> None:
-    """Raises ValueError if DeepSpeed cannot read its configuration for what `parallel.engine` adds to it."""
-    try:
-        DeepSpeedConfig(copy.deepcopy(config))
-    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, DeepSpeedConfigError) as error:
-        if not parallel.engine:
-            raise
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"parallel.engine: {parallel.engine}; DeepSpeed refuses it: {type(error).__name__}: {reason}; correct or "
-            "remove the key that it names"
-        ) from error
-
-
-def _require_equal_weights(model: nn.Module, grid: Grid) -> None:
-    """Raises ValueError if any parameter's bits sum to something else on another rank that holds the same.
-
-    DeepSpeed would overwrite them all with the first rank's, and hide that ranks were built differently.
-    """
-    different: list[str] = []
-    for wanted, axis in (
-        (True, grid.axes["replicas"]),
-        (False, Axis("world", grid.rank, tuple(range(grid.world_size)))),
-    ):
-        parameters = {name: p for name, p in model.named_parameters() if is_cut(p) == wanted}
-        if not parameters:
-            continue
-        assert all(p.dtype == torch.float32 for p in parameters.values()), "parameters are fp32 in every precision"
-        sums = torch.stack([p.detach().view(torch.int32).sum() for p in parameters.values()])  # int64
-        highest, negated_lowest = all_reduce(torch.cat([sums, -sums]), axis, dist.ReduceOp.MAX).chunk(2)
-        different += [name for name, equal in zip(parameters, (highest == -negated_lowest).tolist()) if not equal]
-    if different:
-        raise ValueError(
-            f"rank {grid.rank}: initial weights differ between ranks in {len(different)} parameters, first in "
-            f"{different[0]}; start all ranks with the same configuration, code and torch version"
-        )

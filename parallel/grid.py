@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.axes import AXES, Axis, make_axes
+from parallel.axes import AXES, Axis, connect, make_axes
 
 T = TypeVar("T")
 
@@ -39,20 +39,23 @@ class Grid:
             sizes = dict.fromkeys(AXES, 1) | {"data": self.world_size}
             object.__setattr__(self, "axes", make_axes(self.rank, sizes))
 
-    def arranged(self, *, sequence: int = 1, tensor: int = 1) -> "Grid":
-        """The same ranks with so many along the sequence and tensor axes, the rest along the data axis.
+    def arranged(self, *, pipeline: int = 1, sequence: int = 1, tensor: int = 1) -> "Grid":
+        """The same ranks with so many along the pipeline, sequence and tensor axes, the rest along the data axis.
+        Collective.
 
         Raises:
-            ValueError: the ranks do not divide by the two.
+            ValueError: the ranks do not divide by the three; on all ranks, before anything is exchanged.
         """
-        if self.world_size % (sequence * tensor):
+        product = pipeline * sequence * tensor
+        if self.world_size % product:
             fitting = ", ".join(str(n) for n in range(1, self.world_size + 1) if self.world_size % n == 0)
             raise ValueError(
-                f"parallel.sequence x parallel.tensor: {sequence} x {tensor}; must divide the {self.world_size} ranks: "
-                f"choose a product among {fitting}, or start a multiple of {sequence * tensor} ranks"
+                f"parallel.pipeline x parallel.sequence x parallel.tensor: {pipeline} x {sequence} x {tensor}; must "
+                f"divide the {self.world_size} ranks: choose a product among {fitting}, or start a multiple of "
+                f"{product} ranks"
             )
-        sizes = {"pipeline": 1, "sequence": sequence, "tensor": tensor}
-        sizes["data"] = self.world_size // (sequence * tensor)
+        sizes = {"pipeline": pipeline, "sequence": sequence, "tensor": tensor, "data": self.world_size // product}
+        connect(sizes)
         return dataclasses.replace(self, axes=make_axes(self.rank, sizes))
 
     @property
@@ -80,6 +83,12 @@ class Grid:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, small and picklable, by rank. Collective."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def close(self) -> None:
         """Leaves the process group, once all ranks have come this far; for runs that end well."""

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from parallel.axes import Axis
+from parallel.axes import Axis, make_groups
 from parallel.grid import Grid, init_distributed
 from parallel.speed import all_reduce_speed, matmul_speed
 from training.environment import describe_environment
@@ -166,6 +166,7 @@ def _measure_links(grid: Grid, ranks: Mapping[str, Sequence[int]]) -> Iterator[t
     """Each node with its neighbour in a ring of all nodes, in rounds in which no node stands twice."""
     nodes = sorted(ranks)
     for pair in ring_rounds(nodes):
+        make_groups(tuple(sorted((*ranks[one], *ranks[other]))) for one, other in pair)
         mine = [both for both in pair if grid.rank in (*ranks[both[0]], *ranks[both[1]])]
         speed = None
         if mine:

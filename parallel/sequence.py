@@ -78,11 +78,16 @@ def _divides(size: int, heads: int, groups: int) -> bool:
 
 
 class SequenceCore(nn.Module):
-    """A core whose tensors are this rank's slice, and whose results are what one process would have in that slice."""
+    """A core whose tensors are this rank's slice, and whose results are what one process would have in that slice.
+
+    Attributes:
+        whole_rows: while it is set, every rank has whole rows, and nothing is exchanged.
+    """
 
     def __init__(self, core: OpCore, axis: Axis) -> None:
         super().__init__()
         self.core, self.axis = core, axis
+        self.whole_rows = False
 
     @property
     def impl(self) -> str:
@@ -90,11 +95,15 @@ class SequenceCore(nn.Module):
 
     def forward(
         self, *tensors: Tensor, layout: Layout | None, initial_state: Any = None, output_final_state: bool = False
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Any]:
+        if self.whole_rows:
+            return self.core(
+                *tensors, layout=layout, initial_state=initial_state, output_final_state=output_final_state
+            )
         if initial_state is not None or output_final_state or layout is None:
             raise ValueError(
-                "state: given or asked for under sequence parallelism, which trains on whole rows; generate in one "
-                "process"
+                "state: given or asked for under sequence parallelism, which trains on whole rows; generate inside "
+                "`parallel.generation.generating`"
             )
         return run(self.core, self.axis, tensors, layout), None
 

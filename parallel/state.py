@@ -3,17 +3,13 @@
 from typing import Any
 
 import torch
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
 from torch import Tensor, nn
 
 from models.checkpoint import Kind
 from parallel.collectives import all_gather
+from parallel.holding import holding
 from parallel.partition import Partition
+from parallel.scatter import whole_shape
 
 
 class TrainingState:
@@ -27,74 +23,71 @@ class TrainingState:
         adamw: the optimizer that updates it, over the tensors that ZeRO made of the parameters.
         zero: DeepSpeed's optimizer; `adamw` itself without ZeRO.
         partition: how the model is cut over tensor ranks; None where it is not.
+        owned_before: parameters of `module` that an earlier pipeline stage holds too, and saves.
     """
 
     def __init__(
-        self, module: nn.Module, adamw: torch.optim.AdamW, zero: Any, partition: Partition | None = None
+        self,
+        module: nn.Module,
+        adamw: torch.optim.AdamW,
+        zero: Any,
+        partition: Partition | None = None,
+        owned_before: frozenset[str] = frozenset(),
     ) -> None:
         self.parameters = dict(module.named_parameters())
+        self._owned_before = owned_before
         self._partition = partition
         self._adamw = adamw
-        self._partitioned = zero is not adamw
-        for tensor in self._updated_tensors():
+        self._holding = holding(adamw, zero)
+        for tensor in self._holding.updated:
             adamw.state[tensor] = {
                 "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
                 "exp_avg": torch.zeros_like(tensor),
                 "exp_avg_sq": torch.zeros_like(tensor),
             }
-        if self._partitioned:
-            zero._lazy_init_hp_params_optimizer_state()
+        self._holding.ready()
 
     @property
     def num_updates(self) -> int:
         """Updates that AdamW has made; its bias correction depends on it."""
-        counts = {int(self._adamw.state[tensor]["step"]) for tensor in self._updated_tensors()}
+        counts = {int(self._adamw.state[tensor]["step"]) for tensor in self._holding.updated}
         assert len(counts) == 1, f"parameter groups were updated {sorted(counts)} times"
         return counts.pop()
 
     @num_updates.setter
     def num_updates(self, count: int) -> None:
-        for tensor in self._updated_tensors():
+        for tensor in self._holding.updated:
             self._adamw.state[tensor]["step"].fill_(count)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters that this rank's pipeline stage holds, by their names in the whole model."""
+        return tuple(self.parameters)
+
+    @property
+    def owned(self) -> tuple[str, ...]:
+        """Those of `names` that this stage saves: one that several stages hold is the first one's."""
+        return tuple(name for name in self.parameters if name not in self._owned_before)
+
+    @property
     def shapes(self) -> dict[str, torch.Size]:
-        """Of the whole parameters."""
+        """Of the whole parameters of the whole model."""
         if self._partition is not None:
             return self._partition.shapes
-        return {name: parameter.shape for name, parameter in self.parameters.items()}
+        return {name: whole_shape(parameter) for name, parameter in self.parameters.items()}
 
     @torch.no_grad()
     def gather(self, name: str, kind: Kind) -> Tensor:
-        """The whole tensor, in the whole parameter's shape. Collective; not to be written to."""
-        part = self._gather_replicas(name, kind)
+        """The whole tensor of one of `names`, in the whole parameter's shape; not to be written to. Collective over the
+        axis `stage`."""
+        part = self._holding.gather(self.parameters[name], kind)
         if self._partition is None or name not in self._partition.cuts:
             return part
         return self._partition.whole(name, all_gather(part, self._partition.axis).unbind(0))
 
-    def _gather_replicas(self, name: str, kind: Kind) -> Tensor:
-        """What ZeRO cut up over the ranks that hold the same part."""
-        parameter = self.parameters[name]
-        if not self._partitioned:
-            return parameter.detach() if kind == "weight" else self._adamw.state[parameter][kind]
-        if kind == "weight":
-            return safe_get_full_fp32_param(parameter)
-        return safe_get_full_optimizer_state(parameter, kind)
-
     @torch.no_grad()
     def assign(self, name: str, kind: Kind, value: Tensor) -> None:
         """Takes over what this rank holds of the whole tensor `value`. To be called on every rank."""
-        parameter = self.parameters[name]
         if self._partition is not None:
             value = self._partition.part(name, value)
-        if kind == "weight":
-            parameter.copy_(value)
-            if self._partitioned:
-                safe_set_full_fp32_param(parameter, value)
-        elif self._partitioned:
-            safe_set_full_optimizer_state(parameter, value, kind)
-        else:
-            self._adamw.state[parameter][kind].copy_(value)
-
-    def _updated_tensors(self) -> list[Tensor]:
-        return [tensor for group in self._adamw.param_groups for tensor in group["params"]]
+        self._holding.assign(self.parameters[name], kind, value)

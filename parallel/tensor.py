@@ -1,7 +1,8 @@
 """Tensor parallelism: heads, channels and hidden units over ranks, from outside, by the tables that modules state.
 
 Megatron-LM's scheme (arXiv 1909.08053): what enters a mixer or MLP is equal on all ranks, each works on its part, the
-last linear map's products are summed. Backward, the input's gradients are summed. The stream between stays whole.
+last linear map's products are summed. Backward, the input's gradients are summed. The stream between stays whole, or
+is cut along T (`parallel/regions.py`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,9 +16,10 @@ from models.lm import LM
 from models.sharding import Cut, Sharding
 from parallel.axes import Axis
 from parallel.collectives import copy_to, reduce_from
+from parallel.regions import Region, enter, leave
 
 
-def shard_tensors(model: LM, axis: Axis) -> tuple[dict[str, Cut], dict[str, Axis]]:
+def shard_tensors(model: LM, region: Region) -> tuple[dict[str, Cut], dict[str, Axis]]:
     """Cuts the model's parameters in place, a rank's part staying, and joins the parts where they meet.
 
     Returns, by the parameters' names in the model, the cuts of those that are cut, and of those that several ranks hold
@@ -25,6 +27,7 @@ def shard_tensors(model: LM, axis: Axis) -> tuple[dict[str, Cut], dict[str, Axis
     """
     cuts: dict[str, Cut] = {}
     summed: dict[str, Axis] = {}
+    axis = region.axis
     if axis.size == 1:
         return cuts, summed
     for prefix, module in list(sharded_modules(model)):
@@ -37,7 +40,7 @@ def shard_tensors(model: LM, axis: Axis) -> tuple[dict[str, Cut], dict[str, Axis
             if held is not None:
                 summed[f"{prefix}.{name}"] = held
         summed |= {f"{prefix}.{name}": axis for name in sharding.partial}
-        _join(module, sharding, axis)
+        _join(module, sharding, region)
     return cuts, summed
 
 
@@ -141,13 +144,13 @@ def _replace(module: nn.Module, name: str, value: Tensor, *, counts: bool) -> No
         holder.out_features, holder.in_features = holder.weight.shape
 
 
-def _join(module: nn.Module, sharding: Sharding, axis: Axis) -> None:
+def _join(module: nn.Module, sharding: Sharding, region: Region) -> None:
     for name in sharding.rows:
-        _put(module, name, RowLinear(module.get_submodule(name), axis))
+        _put(module, name, RowLinear(module.get_submodule(name), region))
     for name in sharding.spanning:
-        _put(module, name, SpanningNorm(module.get_submodule(name), axis))
+        _put(module, name, SpanningNorm(module.get_submodule(name), region.axis))
     if sharding.rows:
-        module.register_forward_pre_hook(lambda module, arguments: (copy_to(arguments[0], axis), *arguments[1:]))
+        module.register_forward_pre_hook(lambda module, arguments: (enter(arguments[0], region), *arguments[1:]))
 
 
 def _put(module: nn.Module, name: str, replacement: nn.Module) -> None:
@@ -158,13 +161,13 @@ def _put(module: nn.Module, name: str, replacement: nn.Module) -> None:
 class RowLinear(nn.Module):
     """A linear map of which each rank holds some input features: y = sum over ranks of x W^T, + bias."""
 
-    def __init__(self, linear: Any, axis: Axis) -> None:
+    def __init__(self, linear: Any, region: Region) -> None:
         super().__init__()
-        self.weight, self.bias, self.axis = linear.weight, linear.bias, axis
+        self.weight, self.bias, self.region = linear.weight, linear.bias, region
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        y = reduce_from(nn.functional.linear(x, self.weight), self.axis)
+        y = leave(nn.functional.linear(x, self.weight), self.region)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

@@ -49,6 +49,17 @@ class Traffic:
         return {key: Volume(self.calls[key], self.bytes[key]) for key in self.calls}
 
 
+def summary(volumes: dict[Key, Volume]) -> str:
+    """Calls and bytes of each axis and operation, over all layers."""
+    total: dict[tuple[str, str], Volume] = {}
+    for key, volume in volumes.items():
+        total[key.axis, key.operation] = total.get((key.axis, key.operation), Volume(0, 0)).plus(volume)
+    found = [
+        f"{axis} {operation}: {v.calls} calls, {v.bytes:,} bytes" for (axis, operation), v in sorted(total.items())
+    ]
+    return "; ".join(found) or "nothing beside the gradients"
+
+
 _counters: list[Traffic] = []
 _layers: list[str] = [""]
 """The layers whose forward pass is running, the innermost last."""
@@ -63,6 +74,16 @@ def layer_of(name: str) -> str:
 def running_layer() -> str:
     """Whose forward pass is running. Backward, ask for it in the forward pass and keep it."""
     return _layers[-1]
+
+
+@contextmanager
+def running_in(layer: str) -> Iterator[None]:
+    """Inside `with`, what runs belongs to `layer`: for a forward pass that is repeated outside of its module's call."""
+    _layers.append(layer)
+    try:
+        yield
+    finally:
+        _layers.pop()
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""What one microbatch sends along the sequence and tensor axes, derived: calls and bytes of one rank by layer and
-operation, as `parallel/traffic.py` counts them.
+"""What one microbatch sends along the pipeline, sequence and tensor axes, derived: calls and bytes of one rank by layer
+and operation, as `parallel/traffic.py` counts them.
 
-Gradients of the weights travel on the data axis besides, by DeepSpeed: they depend on ZeRO's stage and on no token.
+Gradients of the weights travel on the data axis besides, those of weights that several stages hold between these, by
+DeepSpeed: they depend on ZeRO's stage and on no token.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from torch import nn
 from models.lm import LM
 from models.mixers.placement import OpCore
 from ops.summary import AFFINE_SUMMARIES, CELL_SUMMARIES
+from parallel.stages import Stages
 from parallel.tensor import sharded_modules
 from parallel.traffic import Key, Volume, layer_of
 
@@ -28,6 +30,7 @@ class Split:
         index: of the rank's slice; the first and the last have a neighbour on one side only.
         narrow: bytes of what matrix products leave: 2 under bf16.
         wide: bytes of the stream, of states, of statistics and of weights' gradients.
+        sharded_norms: whether norms and residuals are of a share of the tokens (`parallel/regions.py`).
         corrections: of a nonlinear recurrence's start states, 1 to `sequence`; 1 for two slices.
     """
 
@@ -38,6 +41,7 @@ class Split:
     index: int = 0
     narrow: int = 2
     wide: int = 4
+    sharded_norms: bool = False
     corrections: int = 1
 
     @property
@@ -50,11 +54,17 @@ class Split:
         return self.rows * self.slice_time
 
 
-def traffic_of(model: LM, split: Split) -> dict[Key, Volume]:
-    """All that `model`, whole and possibly on the meta device, sends in a forward and backward pass of `split`."""
+def traffic_of(model: LM, split: Split, stages: Stages | None = None, index: int = 0) -> dict[Key, Volume]:
+    """All that `model`, whole and possibly on the meta device, sends in a forward and backward pass of `split`; with
+    `stages`, a rank of stage `index` of them."""
+    stages = stages or Stages((0, len(model.blocks)), (frozenset(),))
+    blocks = range(*stages.bounds[index : index + 2])
+    layers = {"", *(f"blocks.{i}" for i in blocks)}
+    layers |= {layer for layer, stage in (("embed", 0), ("head", stages.size - 1)) if stage == index}
     total: dict[Key, Volume] = {}
-    for key, volume in (*_of_slices(model, split), *_of_parts(model, split)):
-        if volume.calls:
+    found = (*_of_slices(model, split, blocks), *_of_parts(model, split), *_between_stages(model, split, stages, index))
+    for key, volume in found:
+        if volume.calls and key.layer in layers:
             total[key] = total.get(key, Volume(0, 0)).plus(volume)
     return total
 
@@ -123,20 +133,30 @@ def _neighbours(split: Split, distance: int, size: int) -> Volume:
     return Volume(calls, calls * size)
 
 
-def _of_slices(model: LM, split: Split) -> Iterator[tuple[Key, Volume]]:
+def _between_stages(model: LM, split: Split, stages: Stages, index: int) -> Iterator[tuple[Key, Volume]]:
+    """The stream and the positions to the next stage, the stream's gradient to the one before."""
+    stream = split.tokens * model.config.width * split.wide // (split.tensor if split.sharded_norms else 1)
+    key = Key("", "pipeline", "send")
+    if index < stages.size - 1:
+        yield key, Volume(2, stream + 8 * split.tokens)
+    if index > 0:
+        yield key, Volume(1, stream)
+
+
+def _of_slices(model: LM, split: Split, blocks: range) -> Iterator[tuple[Key, Volume]]:
     if split.sequence == 1:
         return
     positions_known = False
     module: Any
-    for i, block in enumerate(model.blocks):
-        for module in block.mixer.modules():
+    for i in blocks:
+        for module in model.blocks[i].mixer.modules():
             core = getattr(module, "core", None)
             if not isinstance(core, OpCore):
                 continue
             for operation, volume in _of_core(module, core, split).items():
                 yield Key(f"blocks.{i}", "sequence", operation), volume
             if core.op.__name__ == "attention" and not positions_known:
-                positions_known = True  # once a microbatch, whatever the number of layers
+                positions_known = True  # once a microbatch and stage, whatever the number of layers
                 yield Key(f"blocks.{i}", "sequence", "all_gather"), Volume(1, 8 * split.tokens)
 
 
@@ -163,21 +183,49 @@ def _of_parts(model: LM, split: Split) -> Iterator[tuple[Key, Volume]]:
         return
     stream = split.tokens * model.config.width
     number = split.tokens * split.wide
-    yield Key("embed", "tensor", "all_reduce"), Volume(1, stream * split.wide)
-    # Backward the gradient of what enters the head; forward peak, sum and label's logit of each token.
-    yield Key("head", "tensor", "all_reduce"), Volume(4, stream * split.wide + 3 * number)
+    yield from _leaving("embed", stream, split.wide, split)
+    yield from _entering("head", stream, split)
+    # Peak, sum and label's logit of each token.
+    yield Key("head", "tensor", "all_reduce"), Volume(3, 3 * number)
+    cut: set[str] = set()
     for prefix, module in sharded_modules(model):
-        key = Key(layer_of(prefix), "tensor", "all_reduce")
-        for volume in _of_module(module, stream, number, split):
-            yield key, volume
+        sharding = module.sharding()
+        cut |= {f"{prefix}.{name}" for name in (*sharding.cuts, *sharding.partial)}
+        layer = layer_of(prefix)
+        if sharding.rows:
+            yield from _entering(layer, stream, split)
+        for _ in sharding.rows:
+            yield from _leaving(layer, stream, split.narrow, split)
+        for volume in _within(module, number, split):
+            yield Key(layer, "tensor", "all_reduce"), volume
+    if split.sharded_norms:
+        for name, parameter in model.named_parameters():
+            if name not in cut | {"embed.weight", "head.weight"}:
+                yield Key(layer_of(name), "tensor", "all_reduce"), Volume(1, parameter.numel() * split.wide)
 
 
-def _of_module(module: Any, stream: int, number: int, split: Split) -> Iterator[Volume]:
+def _entering(layer: str, stream: int, split: Split) -> Iterator[tuple[Key, Volume]]:
+    """The input of what is cut over tensor ranks, and its gradient."""
+    size = stream * split.wide
+    if not split.sharded_norms:
+        yield Key(layer, "tensor", "all_reduce"), Volume(1, size)
+        return
+    yield Key(layer, "tensor", "all_gather"), Volume(1, size // split.tensor)
+    yield Key(layer, "tensor", "reduce_scatter"), Volume(1, size)
+
+
+def _leaving(layer: str, stream: int, width: int, split: Split) -> Iterator[tuple[Key, Volume]]:
+    """The sum of what all ranks made, in entries of `width` bytes, and its gradient."""
+    size = stream * width
+    if not split.sharded_norms:
+        yield Key(layer, "tensor", "all_reduce"), Volume(1, size)
+        return
+    yield Key(layer, "tensor", "reduce_scatter"), Volume(1, size)
+    yield Key(layer, "tensor", "all_gather"), Volume(1, size // split.tensor)
+
+
+def _within(module: Any, number: int, split: Split) -> Iterator[Volume]:
     sharding = module.sharding()
-    if sharding.rows:
-        yield Volume(1, stream * split.wide)  # the gradient of the module's input
-    for _ in sharding.rows:
-        yield Volume(1, stream * split.narrow)
     for _ in sharding.spanning:
         yield Volume(2, 2 * number)  # the sum of squares, and its gradient
     for name in sharding.partial:

@@ -1,5 +1,6 @@
 """The training script as a user runs it: golden losses, resumption, killed ranks, signals, bad input."""
 
+import itertools
 import json
 import os
 import shutil
@@ -113,6 +114,10 @@ def test_the_run_directory_explains_itself(finished: Path) -> None:
     assert 0 < validations[10]["val_bits_per_byte"] < 8
     assert [path.name for path in list_checkpoints(finished / "checkpoints")] == ["step_00000005", "step_00000010"]
     assert (finished / "checkpoints" / "latest").resolve().name == "step_00000010"
+    over_few = [(row["val_loss"], row["step"]) for row in rows if row.get("val_tokens") == validations[5]["val_tokens"]]
+    assert [step for _, step in over_few] == [5, 10], "checkpoints are compared on the same rows"
+    best = read_meta(finished / "checkpoints" / "best")
+    assert (best["validation"]["loss"], best["step"]) == min(over_few)
     assert read_meta(finished / "checkpoints" / "latest")["progress"]["consumed_samples"] == 80
     assert (finished / "samples" / "step_00000010.txt").read_text(encoding="utf-8").startswith("The ")
     assert events(finished)[0] == ("started", 0)
@@ -136,6 +141,27 @@ def test_resuming_equals_not_stopping_to_the_bit(finished: Path, corpus: Path, t
     again = run(command(corpus, tmp_path))
     assert again.returncode == 0, again.stderr
     assert len(curve(copy)) == 10
+
+
+def test_so_it_does_with_a_blend_and_whatever_else_the_loop_does(corpus: Path, tmp_path: Path) -> None:
+    """Eight microbatches a step from two corpora, read ahead; the resumed run also validates and samples."""
+    blend = f"data.corpora=[{{path: {corpus}, weight: 2.0}}, {{path: {corpus}, weight: 0.7}}]"
+    settings = (blend, "data.prefetch=3", "train.micro_batch_size=1", "checkpoint.every=3", "checkpoint.keep_last=9")
+    whole = run(command(corpus, tmp_path / "whole", *settings, "eval.every=null", "eval.prompts=[]"))
+    assert whole.returncode == 0, whole.stderr
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed", symlinks=True)
+    directories = [tmp_path / name / "tiny" for name in ("whole", "resumed")]
+    for path in list_checkpoints(directories[1] / "checkpoints")[1:]:
+        shutil.rmtree(path)
+    (directories[1] / "metrics.jsonl").unlink()
+    resumed = run(command(corpus, tmp_path / "resumed", *settings, "eval.every=2"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert ("resumed", 3) in events(directories[1])
+    assert sum("val_loss" in row for row in metrics(directories[1])) == 5, "at 4, 6, 8, 10, and all rows at the end"
+    expected, found = (curve(directory) for directory in directories)
+    assert found == {step: figures for step, figures in expected.items() if step > 3}
+    first, second = (read_weights(directory / "checkpoints" / "step_00000010") for directory in directories)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_finished_run_generates_and_exports(finished: Path, tmp_path: Path) -> None:
@@ -172,16 +198,25 @@ def test_a_killed_rank_is_survived(finished: Path, corpus: Path, tmp_path: Path)
     assert all(found[step][0] == pytest.approx(expected[step][0], rel=1e-2) for step in expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_the_same_command_goes_on(corpus: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """Whatever signals come after the first, until the process is gone."""
     arguments = command(corpus, tmp_path, "train.steps=100000", "checkpoint.every=100000", "eval.sequences=1")
     directory = tmp_path / "tiny"
     process = subprocess.Popen(arguments, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     wait_for(lambda: len(curve(directory)) >= 3, process)
     process.send_signal(number)
-    assert process.wait(timeout=60) == 0
+    others = itertools.cycle([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+    deadline = time.monotonic() + 60
+    while process.poll() is None:
+        assert time.monotonic() < deadline
+        process.send_signal(next(others))
+        time.sleep(0.02)
+    assert process.returncode == 75
     name, step = events(directory)[-1]
     assert name == "interrupted"
+    ending = json.loads((directory / "exit.json").read_text(encoding="utf-8"))
+    assert (ending["reason"], ending["detail"], ending["step"]) == ("interrupted", number.name, step)
     assert [read_meta(path)["step"] for path in list_checkpoints(directory / "checkpoints")] == [step]
     if number == signal.SIGTERM:
         resumed = run([*arguments, f"train.steps={step + 2}"])
@@ -277,7 +312,7 @@ def test_values_are_checked_on_request(
 ) -> None:
     """A decay above 1, where a run would otherwise go on until its loss is no number."""
     x = torch.ones(1, 2, 3)
-    monkeypatch.setattr(train, "train", lambda run: ops.linear_scan(x, x))
+    monkeypatch.setattr(train, "train", lambda run: ops.linear_scan(x, x) and 0)
     arguments = command(corpus, tmp_path, f"train.check_values={str(checked).lower()}")
     assert train.main(arguments[2:]) == checked
     assert ("log_decay has a value of 1.0; must be <= 0" in capsys.readouterr().err) == checked

@@ -67,11 +67,11 @@ class RunLog:
         self.metrics({"step": step, "event": event, "detail": detail})
         self.say(f"step {step}: {event} {detail}".rstrip())
 
-    def progress(self, loss: float, tokens_per_second: float) -> None:
-        """One more step is done."""
+    def progress(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """So many steps are done; fewer than before where the run went back."""
         if self.active:
             self._bar.set_postfix({"loss": f"{loss:.3f}", "tok/s": f"{tokens_per_second:,.0f}"}, refresh=False)
-            self._bar.update()
+            self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
         if self.active:

@@ -1,5 +1,7 @@
 """What modules tell about their last call, for the run's log."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -18,3 +20,12 @@ def module_metrics(model: nn.Module) -> dict[str, float]:
         return {}
     largest = torch.stack([torch.stack(figures).max() for figures in values.values()])
     return dict(zip(values, largest.tolist()))
+
+
+def largest(of_ranks: Iterable[dict[str, float]]) -> dict[str, float]:
+    """By name, the largest figure that any rank has: of cut layers and of stages each rank knows its own alone."""
+    values: dict[str, list[float]] = {}
+    for figures in of_ranks:
+        for name, value in figures.items():
+            values.setdefault(name, []).append(value)
+    return {name: max(found) for name, found in values.items()}

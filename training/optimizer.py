@@ -30,7 +30,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     for name, parameter in model.named_parameters():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in NO_DECAY):
             spared.append(parameter)
-        elif parameter.dim() < 2:
+        elif len(getattr(parameter, "ds_shape", parameter.shape)) < 2:  # ZeRO 3 leaves scattered ones without entries
             raise ValueError(
                 f"{name}: a vector that no pattern of training.optimizer.NO_DECAY names; add one or a reason"
             )

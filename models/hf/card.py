@@ -4,32 +4,26 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
+from models.config import ModelConfig
+from models.hf.formats import Format
 from models.hf.verify import Agreement
-from models.lm import LM
 
 CARD = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- griffin
-- recurrent_gemma
+- {model_type}
 - rondo
 ---
 
 # {name}
 
-A {parameters} parameter Griffin language model: gated linear recurrences alternating with local attention
-([De et al., 2024](https://arxiv.org/abs/2402.19427)), trained with Rondo and stored as transformers' own
-`RecurrentGemmaForCausalLM` (transformers 5 or later). It is a base model: it continues text.
+A {parameters} parameter language model of {mixers} layers, trained with Rondo and stored as `{architecture}`
+({library}). It is a base model: it continues text.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}")
-inputs = tokenizer("The beginning of a document", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100, do_sample=True)[0], skip_special_tokens=True))
+{example}
 ```
 
 ## Facts
@@ -40,13 +34,16 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100, do_sample=Tr
 
 ## What to mind
 
-- Generate from one prompt at a time, or from prompts of equal length: `RecurrentGemmaForCausalLM` does not mask
-  padding in its convolutions, so a padded prompt is continued differently.
-- After a `generate`, a prompt of a single token starts from the convolution state that the call before left on the
-  model. Call `model(input_ids, use_cache=False)` in between; longer prompts start clean.
-- Every prompt should begin with `{bos}`, as the documents did in training; the tokenizer puts it there.
+{notes}
 """
 
+EXAMPLE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}"{options})
+model = AutoModelForCausalLM.from_pretrained("{name}"{options})
+inputs = tokenizer("The beginning of a document", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100, do_sample=True)[0], skip_special_tokens=True))"""
 
 FIGURES = {
     "tokens": ("Training tokens", ",.0f"),
@@ -58,11 +55,13 @@ FIGURES = {
 
 def model_card(
     name: str,
-    model: LM,
+    config: ModelConfig,
+    stored_as: Format,
     meta: Mapping[str, Any],
     figures: Mapping[str, float],
     *,
-    bos_token: str,
+    bos_token: str | None,
+    dtype: str,
     agreement: Agreement,
 ) -> str:
     """README.md of an exported model.
@@ -71,29 +70,47 @@ def model_card(
         name: of the directory.
         meta: what the checkpoint's `meta.json` says.
         figures: of the run at that step, those of `FIGURES` that are known.
+        bos_token: that documents began with; None where the directory holds no tokenizer.
+        dtype: of the stored weights.
         agreement: how it was compared with the original.
     """
-    facts = [*_architecture(model), *_training(meta, figures), *_comparison(agreement)]
+    facts = [
+        *_architecture(config),
+        ("Stored in", dtype if dtype == "float32" else f"{dtype}, decays and recurrent weights in float32"),
+        *_training(meta, figures),
+        *_comparison(agreement),
+    ]
     return CARD.format(
         name=name,
-        parameters=f"{model.num_params():,}",
+        model_type=stored_as.model_type,
+        architecture=stored_as.architecture,
+        library=stored_as.library,
+        mixers=" and ".join(dict.fromkeys(config.layers)),
+        parameters=f"{config.num_params():,}",
+        example=EXAMPLE.format(name=name, options=f", {stored_as.snippet}" if stored_as.snippet else ""),
         facts="\n".join(f"| {key} | {value} |" for key, value in facts),
-        bos=bos_token,
+        notes="\n".join(f"- {note}" for note in (*stored_as.notes, _on_tokens(bos_token))),
     )
 
 
-def _architecture(model: LM) -> Iterator[tuple[str, str]]:
-    config = model.config
+def _on_tokens(bos_token: str | None) -> str:
+    if bos_token is None:
+        return "The directory holds no tokenizer: the model was trained on token ids made elsewhere."
+    return (
+        f"Every prompt should begin with `{bos_token}`, as the documents did in training; the tokenizer puts it there."
+    )
+
+
+def _architecture(config: ModelConfig) -> Iterator[tuple[str, str]]:
     runs = [(kind, len(list(group))) for kind, group in groupby(config.layers)]
-    yield "Parameters", f"{model.num_params():,}"
+    yield "Parameters", f"{config.num_params():,}"
     yield "Width", f"{config.width:,}"
     yield f"{len(config.layers)} layers", ", ".join(f"{count} {kind}" for kind, count in runs)
-    if "local_attention" in config.layers:
-        attention = config.mixer("local_attention")
-        yield (
-            "Attention",
-            f"{attention.heads} heads, {attention.kv_heads} for keys, window of {attention.window:,} tokens",
-        )
+    for kind in ("local_attention", "attention"):
+        if kind in config.layers:
+            attention = config.mixer(kind)
+            window = f", window of {attention.window:,} tokens" if kind == "local_attention" else ""
+            yield "Attention", f"{attention.heads} heads, {attention.kv_heads} for keys{window}"
     yield "Vocabulary", f"{config.vocab_size:,}"
 
 
@@ -105,14 +122,20 @@ def _training(meta: Mapping[str, Any], figures: Mapping[str, float]) -> Iterator
     environment = meta.get("environment") or {}
     if environment.get("git_revision"):
         yield "Rondo revision", f"`{environment['git_revision']}`"
+    if environment.get("imported_from"):
+        yield "Started from", f"{environment['imported_from']}"
 
 
 def _comparison(agreement: Agreement) -> Iterator[tuple[str, str]]:
+    yield "Checked against the original", agreement.how
     difference, tokens = f"{agreement.relative_difference:.0e}", f"{agreement.logits_tokens:,}"
-    yield (
-        "Checked against the original",
-        (
-            f"logits within {difference} of the largest over {tokens} tokens, greedy generation, "
-            f"token ids and decoded text of {agreement.texts} texts"
-        ),
-    )
+    alike = f"the same most likely token at {agreement.top_1:.1%} of the positions"
+    yield "Logits", f"within {difference} of the largest over {tokens} tokens, {alike}"
+    if agreement.rounding is not None:
+        change, share = agreement.rounding
+        alike = f"most likely tokens agree at {share:.1%}"
+        yield "Rounding the weights", f"moves logits by {change:.0e} of the largest, {alike}"
+    if agreement.generated_tokens:
+        yield "Generation", f"{agreement.generated_tokens} tokens alike"
+    if agreement.texts:
+        yield "Tokenizer", f"ids and decoded text of {agreement.texts} texts alike"

@@ -3,56 +3,58 @@
 De et al., 2024 (arXiv 2402.19427); Botev et al., 2024 (arXiv 2404.07839).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import RecurrentGemmaConfig
 
 from models.config import ModelConfig
+from models.hf.formats import Format, Loaded, Names, Requirement, TokenIds, obstacles
+from models.hf.loading import load_transformers, require
+from models.mixers import MixerConfigs
 from models.mixers.attention import LocalAttentionConfig
 from models.mixers.rglru import RGLRUConfig
+from models.mlp import MLPConfig
 
+ARCHITECTURE = "RecurrentGemmaForCausalLM"
 BLOCK_TYPES = {"rglru": "recurrent", "local_attention": "attention"}
 
-_BLOCK_NAMES = {
+_BLOCK = {
     "mixer_norm": "temporal_pre_norm",
     "mlp_norm": "channel_pre_norm",
     "mlp.gate": "mlp_block.gate_proj",
     "mlp.up": "mlp_block.up_proj",
     "mlp.down": "mlp_block.down_proj",
 }
-_MIXER_NAMES = {
-    "rglru": {
-        "x_proj": "linear_x",
-        "gate_proj": "linear_y",
-        "out_proj": "linear_out",
-        "conv": "conv_1d",
-        "input_gate.": "rg_lru.input_gate_",
-        "recurrence_gate.": "rg_lru.recurrent_gate_",
-        "decay_param": "rg_lru.recurrent_param",
-    },
-    "local_attention": {name: name for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+_RGLRU = {
+    "mixer.x_proj": "temporal_block.linear_x",
+    "mixer.gate_proj": "temporal_block.linear_y",
+    "mixer.out_proj": "temporal_block.linear_out",
+    "mixer.conv": "temporal_block.conv_1d",
+    "mixer.input_gate.": "temporal_block.rg_lru.input_gate_",
+    "mixer.recurrence_gate.": "temporal_block.rg_lru.recurrent_gate_",
+    "mixer.decay_param": "temporal_block.rg_lru.recurrent_param",
 }
+NAMES = Names(
+    outer={"embed.weight": "model.embed_tokens.weight", "head.norm.weight": "model.final_norm.weight"},
+    blocks={"rglru": _BLOCK | _RGLRU, "local_attention": _BLOCK | {"mixer.": "temporal_block."}},
+)
 
 
 def differences(config: ModelConfig) -> list[str]:
     """What keeps a model from being a RecurrentGemma: one line a key, with its value, the requirement and a way out."""
-    return [
-        f"{key}: {value}; RecurrentGemma needs {requirement}"
-        for key, value, fits, requirement in _requirements(config)
-        if not fits
-    ]
+    return obstacles("RecurrentGemma", _requirements(config))
 
 
-def _requirements(config: ModelConfig) -> Iterator[tuple[str, Any, bool, str]]:
-    """(key, value, whether it fits, requirement)."""
-    foreign = sorted(set(config.layers) - BLOCK_TYPES.keys())
-    yield "model.layers", ", ".join(foreign), not foreign, f"layers of {' and '.join(BLOCK_TYPES)} alone"
+def _requirements(config: ModelConfig) -> Iterator[Requirement]:
+    foreign = tuple(sorted(set(config.layers) - BLOCK_TYPES.keys()))
+    yield "model.layers", foreign, not foreign, f"layers of {' and '.join(BLOCK_TYPES)} alone"
     yield "model.tie_embeddings", config.tie_embeddings, config.tie_embeddings, "true"
     yield "model.scale_embeddings", config.scale_embeddings, config.scale_embeddings, "true"
     yield "model.norm_one_plus_weight", config.norm_one_plus_weight, config.norm_one_plus_weight, "true"
-    yield "model.post_norm", ", ".join(config.post_norm), not config.post_norm, "none, its blocks normalise inputs"
+    yield "model.post_norm", config.post_norm, not config.post_norm, "none, its blocks normalise inputs"
     yield "model.logit_soft_cap", config.logit_soft_cap, config.logit_soft_cap is not None, "a number, it uses 30"
     yield "model.mlp.activation", config.mlp.activation, config.mlp.activation == "gelu_tanh", "gelu_tanh"
     yield "model.mlp.bias", config.mlp.bias, config.mlp.bias, "true"
@@ -68,7 +70,7 @@ def _requirements(config: ModelConfig) -> Iterator[tuple[str, Any, bool, str]]:
     yield "model.width", config.width, config.width % heads == 0, f"a multiple of the heads, {heads}"
 
 
-def _attention_requirements(attention: LocalAttentionConfig, width: int) -> Iterator[tuple[str, Any, bool, str]]:
+def _attention_requirements(attention: LocalAttentionConfig, width: int) -> Iterator[Requirement]:
     key, inner = "model.mixers.local_attention", attention.heads * attention.head_dim
     yield f"{key}.head_dim", attention.head_dim, inner == width, f"model.width / heads, {width} / {attention.heads}"
     yield f"{key}.output_bias", attention.output_bias, attention.output_bias, "true"
@@ -114,20 +116,60 @@ def to_hf_config(config: ModelConfig, **token_ids: Any) -> RecurrentGemmaConfig:
                 "partial_rotary_factor": attention.rotary_fraction,
             },
         }
-    return RecurrentGemmaConfig(**settings, **token_ids, architectures=["RecurrentGemmaForCausalLM"], dtype="float32")
+    return RecurrentGemmaConfig(**settings, **token_ids, architectures=[ARCHITECTURE])
+
+
+def _config_json(config: ModelConfig, ids: TokenIds) -> dict[str, Any]:
+    return to_hf_config(config, **ids._asdict()).to_diff_dict()
+
+
+def _model_config(values: Mapping[str, Any]) -> ModelConfig:
+    theirs: Any = RecurrentGemmaConfig.from_dict(dict(values))
+    kinds = {there: here for here, there in BLOCK_TYPES.items()}
+    pattern, depth = theirs.block_types, theirs.num_hidden_layers
+    for kind in pattern:
+        require("block_types", kind, kind in kinds, " or ".join(kinds))
+    activation, rope = theirs.hidden_activation, theirs.rope_parameters
+    require("hidden_activation", activation, activation == "gelu_pytorch_tanh", "gelu_pytorch_tanh")
+    require("tie_word_embeddings", theirs.tie_word_embeddings, theirs.tie_word_embeddings, "true")
+    require("rope_parameters.rope_type", rope["rope_type"], rope["rope_type"] == "default", "default")
+    layers = tuple(kinds[pattern[i % len(pattern)]] for i in range(depth))
+    attention = LocalAttentionConfig(
+        heads=theirs.num_attention_heads,
+        kv_heads=theirs.num_key_value_heads,
+        head_dim=theirs.head_dim,
+        window=theirs.attention_window_size,
+        rotary_fraction=rope.get("partial_rotary_factor", 1.0),
+        rotary_theta=rope["rope_theta"],
+        qkv_bias=theirs.attention_bias,
+        output_bias=True,
+    )
+    recurrence = RGLRUConfig(
+        width=theirs.lru_width, gate_blocks=theirs.num_attention_heads, conv_width=theirs.conv1d_width
+    )
+    return ModelConfig(
+        vocab_size=theirs.vocab_size,
+        width=theirs.hidden_size,
+        layers=layers,
+        mixers=MixerConfigs(
+            rglru=recurrence if "rglru" in layers else None,
+            local_attention=attention if "local_attention" in layers else None,
+        ),
+        mlp=MLPConfig(width=theirs.intermediate_size // 2),
+        norm_eps=theirs.rms_norm_eps,
+        logit_soft_cap=theirs.logits_soft_cap,
+    )
+
+
+def _load(directory: Path) -> Loaded:
+    from transformers import RecurrentGemmaForCausalLM
+
+    return load_transformers(RecurrentGemmaForCausalLM, directory)
 
 
 def hf_name(name: str, layers: tuple[str, ...]) -> str:
     """RecurrentGemma's name of the parameter that `LM` calls `name`."""
-    if not name.startswith("blocks."):
-        return {"embed.weight": "model.embed_tokens.weight", "head.norm.weight": "model.final_norm.weight"}[name]
-    _, index, rest = name.split(".", 2)
-    if rest.startswith("mixer."):
-        names, rest, prefix = _MIXER_NAMES[layers[int(index)]], rest.removeprefix("mixer."), "temporal_block."
-    else:
-        names, prefix = _BLOCK_NAMES, ""
-    ours, theirs = next((ours, theirs) for ours, theirs in names.items() if rest.startswith(ours))
-    return f"model.layers.{index}.{prefix}{theirs}{rest.removeprefix(ours)}"
+    return NAMES.of(name, layers)
 
 
 def to_hf_weights(weights: dict[str, Tensor], layers: tuple[str, ...]) -> dict[str, Tensor]:
@@ -144,3 +186,20 @@ def from_hf_weights(state: dict[str, Tensor], names: list[str], layers: tuple[st
 def _is_conv(name: str) -> bool:
     """Their convolution's weight is `[R, 1, W]`, ours `[R, W]`."""
     return name.endswith("mixer.conv.weight")
+
+
+RECURRENTGEMMA = Format(
+    name="recurrentgemma",
+    model_type="recurrent_gemma",
+    architecture=ARCHITECTURE,
+    library="transformers 5 or later",
+    fits=differences,
+    config_json=_config_json,
+    tensors=NAMES.tensors,
+    model_config=_model_config,
+    load_for_check=_load,
+    notes=(
+        "Generate from one prompt at a time, or from prompts of equal length: padding leaks through the convolutions.",
+        "After a `generate` a prompt of one token starts from the convolution state that it left; longer ones do not.",
+    ),
+)

@@ -13,6 +13,8 @@ The contract every mixer keeps, attention included (`tests/models/test_mixers.py
     shared_module(config, width, count) -> Module  class method, only where the mixers of a kind share parameters (None
                                                    where the settings turn that off); with
                                                    config.num_shared_params(width, count)
+    shared: tuple[Module, ...]                     attribute, with the same: that module where this mixer reads it, a
+                                                   tuple lest it count among the mixer's own submodules
 
 The op is called through the parameter-free submodule `core` (`placement.core(op)`), which `parallel/` may wrap.
 """

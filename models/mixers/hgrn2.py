@@ -112,10 +112,10 @@ class HGRN2(nn.Module):
         width, self.index = placement.width, placement.index
         heads, self.keys, self.values = config.head_shape(width)
         # A tuple hides the module from this one: its parameters are the model's, once, and not each layer's.
-        self._bounds: tuple[nn.Module, ...] = ()
+        self.shared: tuple[nn.Module, ...] = ()
         if config.lower_bound and self.index > 0:
             assert placement.shared is not None, "a bounded layer needs what `shared_module` returns"
-            self._bounds = (placement.shared,)
+            self.shared = (placement.shared,)
         self.q_proj = Linear(width, heads * self.keys, bias=False)
         self.f_proj = Linear(width, heads * self.keys, bias=False)
         self.i_proj = Linear(width, width, bias=False)
@@ -168,9 +168,9 @@ class HGRN2(nn.Module):
         Each is formed by itself: a key taken from the log decay would lose its digits where the decay is close to 1.
         """
         f = f.to(torch.promote_types(f.dtype, torch.float32))
-        if not self._bounds:
+        if not self.shared:
             return torch.sigmoid(-f), F.logsigmoid(f)
-        log_bound, log_rest = self._bounds[0](self.index)
+        log_bound, log_rest = self.shared[0](self.index)
         log_decay = torch.logaddexp(log_bound, log_rest + F.logsigmoid(f))
         return log_rest.exp() * torch.sigmoid(-f), log_decay.clamp(max=0.0)  # rounding may leave it above
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ops.attention import chunked, reference
+from ops.attention import chunked, reference, sdpa
 from ops.attention.inputs import State, check_inputs
 from ops.impl import resolve_impl
 from ops.layout import Layout
@@ -32,7 +32,7 @@ def attention(
 
     Returns o [B, T, H, K] and, if `output_final_state`, the keys and values [B, S+T, G, K], else None, all in the dtype
     of q, k, v.
-    On a GPU "flex" and "flash_attn" skip what is not visible, and hold no mask of T x (S+T).
+    On a GPU "flex", "flash_attn" and "fla" skip what is not visible, and hold no mask of T x (S+T).
     Raises ValueError for wrong shapes or dtypes and for an implementation that cannot run here.
     """
     check_inputs("attention", q, k, v, layout, initial_state)
@@ -43,7 +43,7 @@ def attention(
 
 
 def implementation(impl: str) -> Callable[..., Any]:
-    """The function (q, k, v, scale, layout, state) -> (o, state) that `impl` names; all but "chunked" take a window."""
+    """The function (q, k, v, scale, layout, state) -> (o, state) that `impl` names; all but "sdpa" take a window."""
     if impl == "flex":
         from ops.attention import flex
 
@@ -52,4 +52,8 @@ def implementation(impl: str) -> Callable[..., Any]:
         from ops.attention import flash_attn
 
         return flash_attn.attention
-    return {"chunked": chunked.attention, "reference": reference.attention}[impl]
+    if impl == "fla":
+        from ops.attention import fla
+
+        return fla.attention
+    return {"chunked": chunked.attention, "reference": reference.attention, "sdpa": sdpa.attention}[impl]

@@ -4,8 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ops.check import check_dim, check_floating, check_layout, check_log_decay, check_shape, check_strength
+from ops.check import check_dim, check_floating, check_shape
 from ops.gated_delta_rule import chunked, reference
+from ops.gated_delta_rule.inputs import check_inputs
 from ops.gated_delta_rule.summary import gated_delta_rule_summary
 from ops.impl import resolve_impl
 from ops.layout import Layout
@@ -45,24 +46,15 @@ def gated_delta_rule(
     The recurrence runs in fp32 (float64 for float64 inputs) in every implementation.
     Raises ValueError for wrong shapes or dtypes and for an implementation that cannot run here.
     """
-    check_dim("gated_delta_rule", "q", q, "B T H K")
-    check_dim("gated_delta_rule", "v", v, "B T HV V")
-    batch, time, heads, key_dim = q.shape
-    value_heads, value_dim = v.shape[2:]
-    check_shape("gated_delta_rule", "k", k, "B T H K", *q.shape)
-    check_shape("gated_delta_rule", "v", v, "B T HV V", batch, time, value_heads, value_dim)
-    check_shape("gated_delta_rule", "log_decay", log_decay, "B T HV", batch, time, value_heads)
-    check_shape("gated_delta_rule", "beta", beta, "B T HV", batch, time, value_heads)
-    check_shape("gated_delta_rule", "initial_state", initial_state, "B HV K V", batch, value_heads, key_dim, value_dim)
-    check_floating("gated_delta_rule", q=q, k=k, v=v, log_decay=log_decay, beta=beta, initial_state=initial_state)
-    check_layout("gated_delta_rule", layout, batch, time)
-    if value_heads % heads:
-        raise ValueError(f"gated_delta_rule: v has HV = {value_heads} heads; must be a multiple of q's H = {heads}")
-    check_log_decay("gated_delta_rule", log_decay)
-    check_strength("gated_delta_rule", k, beta)
-    if scale is None:
-        scale = key_dim**-0.5
-    chosen = resolve_impl("gated_delta_rule", impl, q.device.type)
+    op = "gated_delta_rule"
+    check_dim(op, "q", q, "B T H K")
+    check_shape(op, "k", k, "B T H K", *q.shape)
+    check_inputs(op, k, v, log_decay, beta, layout)
+    key_dim = q.shape[3]
+    check_shape(op, "initial_state", initial_state, "B HV K V", v.shape[0], v.shape[2], key_dim, v.shape[3])
+    check_floating(op, q=q, initial_state=initial_state)
+    scale = key_dim**-0.5 if scale is None else scale
+    chosen = resolve_impl(op, impl, q.device.type)
     module: Any = {"chunked": chunked, "reference": reference}.get(chosen)
     if chosen == "triton":
         from ops.gated_delta_rule import triton as module

@@ -24,7 +24,7 @@ from ops.layout import Layout
 from ops.precision import accumulation_dtype, without_autocast
 
 # Short chunks are precise: what a time loop takes away from a state token by token cancels in a chunk's fp32 sums. If K
-# exceeds WIDE these err no more than the sums over K do, and longer chunks are half as fast again.
+# exceeds WIDE, the state is so large that longer chunks, which read it less often, are half as fast again.
 MAX_CHUNK, MAX_CHUNK_WIDE = 16, 32
 WIDE = 64
 
@@ -88,15 +88,15 @@ def forward(
     """
     with without_autocast(k):
         decays = chunk_decays(log_decay, masks)
-        similar = (k @ k.mT).mul_(decays.pair)
+        similar = product(k, k.mT).mul_(decays.pair)
         x = unit_lower_inverse(similar * beta.unsqueeze(-1))
         key_in, key_out = _weighted_keys(k, beta, decays)
         writes, states = _write(v * beta.unsqueeze(-1), key_in, key_out, decays.through, x, initial_state)
         if q is None:
             o, scores = k.new_empty(0), k.new_empty(0)
         else:
-            scores = (q @ k.mT).mul_(decays.pair)
-            o = (q * decays.carry_in.unsqueeze(-1)) @ states[:-1]
+            scores = product(q, k.mT).mul_(decays.pair)
+            o = product(q * decays.carry_in.unsqueeze(-1), states[:-1])
             _add_product(o, scores, writes)
     return o, states[-1].clone(), *decays, similar, x, scores, writes, states
 
@@ -119,13 +119,13 @@ def backward(
             dwrites, reads = scores.mT @ do, q * decays.carry_in.unsqueeze(-1)
             torch.bmm(reads.mT.flatten(0, 2), do.flatten(0, 2), out=dstates[:-1].flatten(0, 2))
         dresidual = _write_backward(dwrites, dstates, key_in, key_out, decays.through, x)
-        dk = dresidual @ states[:-1].mT  # of -key_in
-        dkey_out = writes @ dstates[1:].mT
+        dk = product(dresidual, states[:-1].mT)  # of -key_in
+        dkey_out = product(writes, dstates[1:].mT)
         from_key_in = (dk * k).sum(-1).neg_().mul_(decays.carry_in)
         dcarry_in = from_key_in * beta
         dcarry_out = (dkey_out * k).sum(-1).mul_(decays.carry_out)
         dthrough = (dstates[1:] * states[:-1]).sum((-2, -1)).mul_(decays.through)
-        dlower = (dresidual @ writes.mT).tril_(-1).neg_()
+        dlower = product(dresidual, writes.mT).tril_(-1).neg_()
         dsimilar = dlower * similar
         dbeta = (v * dresidual).sum(-1).add_(dsimilar.sum(-1)).add_(from_key_in)
         dpair = dsimilar.mul_(beta.unsqueeze(-1))
@@ -135,9 +135,9 @@ def backward(
         if q is None or do is None:
             dq = k.new_empty(0) if q is None else torch.zeros_like(q)
         else:
-            dq = do @ states[:-1].mT  # of carry_in q
+            dq = product(do, states[:-1].mT)  # of carry_in q
             dcarry_in.addcmul_((dq * q).sum(-1), decays.carry_in)
-            dscores = do @ writes.mT
+            dscores = product(do, writes.mT)
             dpair.addcmul_(dscores, scores)
             dscores.mul_(decays.pair)  # of q k^T
             dq.mul_(decays.carry_in.unsqueeze(-1))
@@ -196,9 +196,21 @@ def _weighted_keys(k: Tensor, beta: Tensor, decays: Decays) -> tuple[Tensor, Ten
     return k * (decays.carry_in * beta).unsqueeze(-1), k * decays.carry_out.unsqueeze(-1)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in place."""
-    total.flatten(0, 2).baddbmm_(a.flatten(0, 2), b.flatten(0, 2))
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, in which no more than WIDE features are summed in one chain: the time loop's sums are pairwise, and longer
+    chains would err more than twice as much."""
+    if a.shape[-1] <= WIDE:
+        return a @ b
+    half = a.shape[-1] // 2
+    return product(a[..., :half], b[..., :half, :]).add_(product(a[..., half:], b[..., half:, :]))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, alpha: int = 1) -> None:
+    """total += alpha * a @ b, in place."""
+    if a.shape[-1] <= WIDE:
+        total.flatten(0, -3).baddbmm_(a.flatten(0, -3), b.flatten(0, -3), alpha=alpha)
+    else:
+        total.add_(product(a, b), alpha=alpha)
 
 
 def _write(
@@ -211,7 +223,7 @@ def _write(
     writes = torch.empty_like(values)
     state, *chunks = (z.flatten(1, 2) for z in (states, values, writes, key_in, key_out, x, through))
     for n, (residual, write, reads, keys, solve, decay) in enumerate(zip(*chunks)):
-        residual.baddbmm_(reads, state[n], alpha=-1)
+        _add_product(residual, reads, state[n], alpha=-1)
         torch.bmm(solve, residual, out=write)
         torch.mul(state[n], decay[:, None, None], out=state[n + 1]).baddbmm_(keys.mT, write)
     return writes, states
@@ -228,7 +240,7 @@ def _write_backward(
     dresiduals = torch.empty_like(dwrites)
     state, *chunks = (z.flatten(1, 2) for z in (dstates, dwrites, dresiduals, key_in, key_out, x, through))
     for n, (dwrite, dresidual, reads, keys, solve, decay) in reversed(list(enumerate(zip(*chunks)))):
-        dwrite.baddbmm_(keys, state[n + 1])
+        _add_product(dwrite, keys, state[n + 1])
         torch.bmm(solve.mT, dwrite, out=dresidual)
         state[n].addcmul_(state[n + 1], decay[:, None, None]).baddbmm_(reads.mT, dresidual, alpha=-1)
     return dresiduals

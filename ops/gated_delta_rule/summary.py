@@ -5,9 +5,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ops.affine import Affine
-from ops.check import check_dim, check_floating, check_layout, check_log_decay, check_shape, check_strength
 from ops.gated_delta_rule import chunked
 from ops.gated_delta_rule.decays import layout_masks
+from ops.gated_delta_rule.inputs import check_inputs
 from ops.layout import Layout
 from ops.precision import accumulation_dtype
 
@@ -25,22 +25,9 @@ def gated_delta_rule_summary(
     state do not see each other.
     Raises ValueError for wrong shapes or dtypes.
     """
-    check_dim("gated_delta_rule_summary", "k", k, "B T H K")
-    check_dim("gated_delta_rule_summary", "v", v, "B T HV V")
+    check_inputs("gated_delta_rule_summary", k, v, log_decay, beta, layout)
     batch, time, heads, key_dim = k.shape
     value_heads, value_dim = v.shape[2:]
-    check_shape("gated_delta_rule_summary", "v", v, "B T HV V", batch, time, value_heads, value_dim)
-    check_shape("gated_delta_rule_summary", "log_decay", log_decay, "B T HV", batch, time, value_heads)
-    check_shape("gated_delta_rule_summary", "beta", beta, "B T HV", batch, time, value_heads)
-    check_floating("gated_delta_rule_summary", k=k, v=v, log_decay=log_decay, beta=beta)
-    check_layout("gated_delta_rule_summary", layout, batch, time)
-    if value_heads % heads:
-        raise ValueError(
-            f"gated_delta_rule_summary: v has HV = {value_heads} heads; must be a multiple of k's H = {heads}"
-        )
-    check_log_decay("gated_delta_rule_summary", log_decay)
-    check_strength("gated_delta_rule_summary", k, beta)
-
     dtype = accumulation_dtype(k, v, log_decay, beta)
     size = chunked.chunk_size(time, k.shape[3])
     keys = chunked.cut(k, size, dtype, value_heads // heads)

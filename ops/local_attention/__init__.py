@@ -6,7 +6,7 @@ from ops.attention import implementation
 from ops.attention.inputs import State, check_inputs
 from ops.impl import resolve_impl
 from ops.layout import Layout
-from ops.local_attention import chunked
+from ops.local_attention import sdpa
 
 
 def local_attention(
@@ -39,7 +39,7 @@ def local_attention(
     check_inputs("local_attention", q, k, v, layout, initial_state)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     resolved = resolve_impl("local_attention", impl, q.device.type)
-    attend = chunked.local_attention if resolved == "chunked" else implementation(resolved)
+    attend = sdpa.local_attention if resolved == "sdpa" else implementation(resolved)
     o, (keys, values) = attend(q, k, v, scale, layout, initial_state, window)
     if not output_final_state:
         return o, None

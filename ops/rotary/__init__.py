@@ -33,4 +33,6 @@ def rotary(
     module: Any = reference
     if chosen == "triton":
         from ops.rotary import triton as module
+    elif chosen == "fla":
+        from ops.rotary import fla as module
     return module.rotary(x, positions, theta, rotary_dim)

@@ -58,9 +58,11 @@ def test_the_floor_is_the_slowest_resource() -> None:
 
 def test_every_recurrence_and_kernel_has_a_case() -> None:
     names = " ".join(case.name for case in cuda_cases(torch.device("cpu"), REHEARSAL))
-    assert all(op in names for op, impls in IMPLEMENTATIONS.items() if "triton" in impls and op != "rotary")
+    assert all(op in names for op, impls in IMPLEMENTATIONS.items() if "triton" in impls or op == "attention")
     names = " ".join(case.name for case in cpu_cases(small=True))
-    assert all(op in names for op in ("linear_scan", "gated_", "diagonal_lstm", "diagonal_gru", "rglru layer"))
+    assert all(
+        op in names for op in ("linear_scan", "gated_", "diagonal_lstm", "diagonal_gru", "rglru layer", "attention B2")
+    )
 
 
 @pytest.mark.parametrize(("device", "only"), [("cpu", "rglru"), ("cuda", "rms_norm")])

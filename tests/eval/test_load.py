@@ -8,22 +8,29 @@ import pytest
 import torch
 
 import models.checkpoint
+from data.tokenizer import Tokenizer
 from eval.load import load
 from models.checkpoint import CheckpointError, describe_file
+from models.config import ModelConfig
 from models.lm import LM
-from tests.models.griffin import griffin, write_run
+from tests.models.griffin import griffin, griffin_config, write_run
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "assets" / "tokenizer.model"
 
 
 @pytest.fixture(scope="module")
 def model() -> LM:
-    return griffin()
+    return griffin(spoken())
 
 
 @pytest.fixture
 def run(model: LM, tmp_path: Path) -> Path:
     return write_run(tmp_path / "run", model, TOKENIZER, step=10)
+
+
+def spoken() -> ModelConfig:
+    """As many rows as the tokenizer has pieces."""
+    return griffin_config(vocab_size=Tokenizer(TOKENIZER).vocab_size)
 
 
 def same_weights(a: LM, b: LM) -> bool:
@@ -49,11 +56,11 @@ def test_a_run_and_its_checkpoint_give_the_same_model(run: Path, model: LM) -> N
 
 
 def test_a_run_gives_its_newest_intact_checkpoint(run: Path, model: LM, tmp_path: Path) -> None:
-    later = write_run(tmp_path / "later", griffin(seed=1), TOKENIZER, step=20)
+    later = write_run(tmp_path / "later", griffin(spoken(), seed=1), TOKENIZER, step=20)
     newest = run / "checkpoints" / "step_00000020"
     shutil.copytree(later / "checkpoints" / "step_00000020", newest)
     assert not same_weights(load(run)[0], model)
-    with (newest / "__0_0.distcp").open("r+b") as file:
+    with (newest / "tensors_00000.safetensors").open("r+b") as file:
         file.truncate(100)
     assert same_weights(load(run)[0], model)
 
@@ -72,7 +79,7 @@ def test_every_file_is_hashed_once(run: Path, place: str, monkeypatch: pytest.Mo
     assert sorted(hashed) == sorted(files)
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", "tokenizer.model"])
+@pytest.mark.parametrize("name", ["tensors_00000.safetensors", "tokenizer.model"])
 def test_a_damaged_checkpoint_is_refused(run: Path, name: str) -> None:
     file = run / "checkpoints" / "step_00000010" / name
     file.write_bytes(file.read_bytes()[:-1] + b"?")

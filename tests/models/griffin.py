@@ -2,13 +2,22 @@
 
 import dataclasses
 import json
-import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 
-from models.checkpoint import FORMAT_VERSION, MANIFEST, META, TOKENIZER, checkpoint_name, describe_file, tensor_key
+from models.checkpoint import (
+    FORMAT_VERSION,
+    INDEX,
+    MANIFEST,
+    META,
+    TOKENIZER,
+    checkpoint_name,
+    describe_file,
+    tensor_file,
+    tensor_key,
+    write_tensors,
+)
 from models.config import ModelConfig
 from models.lm import LM
 from models.mixers import MixerConfigs
@@ -61,9 +70,8 @@ def write_run(directory: Path, model: LM, tokenizer: Path | None, step: int = 20
     checkpoint.mkdir(parents=True)
     weights = dict(model.named_parameters())
     tensors = {tensor_key("weight", name): parameter.detach() for name, parameter in weights.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save(tensors, checkpoint_id=checkpoint, no_dist=True)
+    write_tensors(checkpoint / tensor_file(0), tensors)
+    (checkpoint / INDEX).write_text(json.dumps(dict.fromkeys(tensors, tensor_file(0))))
     meta = {
         "format_version": FORMAT_VERSION,
         "step": step,

@@ -16,7 +16,7 @@ from models.mixers.attention import Attention, AttentionConfig
 from models.mixers.placement import Placement
 from models.mixers.rglru import RGLRUConfig
 from models.mlp import MLPConfig
-from models.restore import _from_plain
+from models.plain import from_plain
 from ops import Layout, attention
 
 
@@ -83,7 +83,7 @@ def test_a_stored_config_comes_back() -> None:
     """Lists, as JSON has them, become the tuples they were."""
     original = config(post_norm=("attention",))
     plain = dataclasses.asdict(original) | {"post_norm": ["attention"], "layers": list(original.layers)}
-    assert _from_plain(ModelConfig, plain) == original
+    assert from_plain(ModelConfig, plain) == original
 
 
 @pytest.mark.parametrize("qk_norm", ["none", "full", "head"])

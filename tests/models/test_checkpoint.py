@@ -1,54 +1,50 @@
+import contextlib
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from models.checkpoint import (
+    CONFIG,
+    FORMAT_VERSION,
+    INDEX,
+    MANIFEST,
+    META,
     CheckpointError,
     describe_file,
+    iter_tensors,
     latest_good,
     list_checkpoints,
     load_weights,
     read_meta,
-    read_tensors,
+    read_parameters,
     read_weights,
     require_parameters,
+    tensor_file,
     verify,
+    write_tensors,
 )
-from parallel.grid import Grid
-from tests.parallel.tiny import tiny_engine, tiny_model
+from models.restore import resolve_checkpoint
+from tests.parallel.saving import save_steps
+from tests.parallel.tiny import tiny_model
 
-SHARD, MANIFEST, META = "__0_0.distcp", "manifest.json", "meta.json"
-
-
-def save_untrained(grid: Grid, directory: Path) -> None:
-    from parallel.checkpoint import save_checkpoint
-
-    engine = tiny_engine(grid, zero_stage=1)
-    for step in (10, 20):
-        save_checkpoint(
-            engine,
-            directory,
-            step=step,
-            progress={},
-            config_yaml="name: tiny\n",
-            environment={},
-            tokenizer_path=None,
-            keep_last=2,
-            keep_every=None,
-        )
+SHARD = tensor_file(0)
 
 
 @pytest.fixture(scope="module")
 def saved(ranks, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("checkpoints")
-    ranks(2).run(save_untrained, directory=directory)
+    ranks(2).run(save_steps, directory=directory, steps=[10, 20])
     return directory
 
 
@@ -75,10 +71,18 @@ def test_weights_go_into_a_model(saved):
 
 
 def test_moments_are_stored_apart(saved):
-    moment = read_tensors(saved / "latest", ["optimizer.exp_avg_sq.embed.weight"])
-    assert torch.equal(moment["optimizer.exp_avg_sq.embed.weight"], torch.zeros(61, 16))
+    key = "optimizer.exp_avg_sq.embed.weight"
+    assert torch.equal(dict(iter_tensors(saved / "latest", [key]))[key], torch.zeros(61, 16))
     with pytest.raises(CheckpointError, match=r"no tensor 'model\.absent'"):
-        read_tensors(saved / "latest", ["model.absent"])
+        dict(iter_tensors(saved / "latest", ["model.absent"]))
+
+
+def test_torchs_distributed_checkpoint_reads_it(saved):
+    """With its own reader of safetensors: the names are the ones it finds."""
+    expected = read_weights(saved / "latest")
+    tensors = {f"model.{name}": torch.empty_like(weight) for name, weight in expected.items()}
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(saved / "step_00000020")), no_dist=True)
+    assert all(torch.equal(tensors[f"model.{name}"], expected[name]) for name in expected)
 
 
 def test_reading_needs_no_deepspeed_and_no_process_group(saved):
@@ -111,8 +115,8 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-def write_another_version(path: Path) -> None:
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
+def write_another_version(path: Path, version: str) -> None:
+    path.write_text(path.read_text().replace('"format_version": 2', f'"format_version": {version}'))
 
 
 @pytest.mark.parametrize(
@@ -121,11 +125,18 @@ def write_another_version(path: Path) -> None:
         (SHARD, truncate, "bytes instead of"),
         (SHARD, flip_a_bit, "sha256"),
         (SHARD, Path.unlink, "No such file"),
-        (".metadata", flip_a_bit, "sha256"),
+        (INDEX, flip_a_bit, "sha256"),
         (META, flip_a_bit, "sha256"),
         (MANIFEST, truncate, "manifest.json"),
         (MANIFEST, Path.unlink, "has no manifest.json: it was not written to its end"),
-        (MANIFEST, write_another_version, "format_version 2; this Rondo reads 1"),
+        (MANIFEST, partial(write_another_version, version="3"), "format_version 3; this Rondo reads 2; update Rondo"),
+        (
+            MANIFEST,
+            partial(write_another_version, version="1"),
+            "format_version 1; this Rondo reads 2; use the Rondo that",
+        ),
+        (MANIFEST, partial(write_another_version, version='"2"'), "format_version '2'; this Rondo reads 2"),
+        (MANIFEST, partial(write_another_version, version="2.0"), "format_version 2.0; this Rondo reads 2"),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over_with_the_reason(copy, name, damage, reason):
@@ -140,7 +151,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_the_reason(copy, name, damage,
 
 @pytest.mark.parametrize("content", [{}, {"files": ["meta.json"]}, {"files": {"meta.json": 7}}])
 def test_a_manifest_without_files_is_damage(copy, content):
-    (copy / "step_00000020" / MANIFEST).write_text(json.dumps({"format_version": 1} | content))
+    (copy / "step_00000020" / MANIFEST).write_text(json.dumps({"format_version": FORMAT_VERSION} | content))
     good, (skipped,) = latest_good(copy)
     assert good == copy / "step_00000010"
     assert "has no mapping files of sizes and sha256; use another checkpoint" in skipped
@@ -155,7 +166,7 @@ def test_a_manifest_entry_without_size_is_damage(copy):
 
 
 def test_meta_without_parameters_is_damage(copy):
-    (copy / "latest" / META).write_text(json.dumps({"format_version": 1}))
+    (copy / "latest" / META).write_text(json.dumps({"format_version": FORMAT_VERSION}))
     for read in (lambda: read_weights(copy / "latest", verified=True), lambda: require_parameters(copy / "latest", {})):
         with pytest.raises(CheckpointError, match="has no mapping of parameters to shapes"):
             read()
@@ -226,6 +237,14 @@ def test_other_parameters_are_named(saved):
         require_parameters(saved / "latest", {})
 
 
+def rewrite(path: Path, name: str, content: bytes) -> None:
+    """Puts `content` in a file's place, under a manifest that agrees."""
+    (path / name).write_bytes(content)
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["files"][name] = describe_file(path / name)
+    (path / MANIFEST).write_text(json.dumps(manifest))
+
+
 class Intruder:
     """A pickle of it creates a directory when it is read."""
 
@@ -236,13 +255,117 @@ class Intruder:
         return os.mkdir, (str(self.path),)
 
 
-def test_reading_runs_no_code_of_the_checkpoint(copy, tmp_path):
+@pytest.mark.parametrize("name", [MANIFEST, META, INDEX, CONFIG, SHARD, tensor_file(1), ".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["pickle", "torch"])
+def test_reading_runs_no_code_of_the_checkpoint(copy, tmp_path, name, wrapped):
+    """Everything that reads a checkpoint, with a pickle in each file's place and the checksums of it."""
+    path, trace = copy / "step_00000020", tmp_path / "trace"
+    planted = tmp_path / "planted"
+    (torch.save if wrapped else pickle_to)(Intruder(trace), planted)
+    if name == MANIFEST:
+        (path / name).write_bytes(planted.read_bytes())
+    else:
+        rewrite(path, name, planted.read_bytes())
+    for read in (verify, read_meta, read_weights, resolve_checkpoint, lambda path: load_weights(path, tiny_model())):
+        with contextlib.suppress(CheckpointError):
+            read(path)
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(Intruder(trace)))
+    assert trace.exists(), "a pickle that is read leaves the trace"
+
+
+def pickle_to(value: Any, path: Path) -> None:
+    path.write_bytes(pickle.dumps(value))
+
+
+def test_a_checkpoint_names_files_of_its_own_alone(copy, tmp_path):
     path = copy / "step_00000020"
-    (path / ".metadata").write_bytes(pickle.dumps(Intruder(tmp_path / "trace")))
+    write_tensors(tmp_path / "elsewhere.safetensors", {"model.embed.weight": torch.ones(61, 16)})
+    index = json.loads((path / INDEX).read_text())
+    for name in ("../../elsewhere.safetensors", str(tmp_path / "elsewhere.safetensors"), ".."):
+        rewrite(path, INDEX, json.dumps(index | {"model.embed.weight": name}).encode())
+        with pytest.raises(CheckpointError, match="which is no file of its own"):
+            read_weights(path)
     manifest = json.loads((path / MANIFEST).read_text())
-    manifest["files"][".metadata"] = describe_file(path / ".metadata")
+    manifest["files"]["../step_00000010/meta.json"] = describe_file(copy / "step_00000010" / META)
     (path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="which is no file of its own"):
+        verify(path)
+
+
+def replace_embedding(tensor: torch.Tensor) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        write_tensors(path / "other.safetensors", {"model.embed.weight": tensor})
+        index = json.loads((path / INDEX).read_text())
+        rewrite(path, INDEX, json.dumps(index | {"model.embed.weight": "other.safetensors"}).encode())
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (replace_embedding(torch.ones(16, 61)), r"model\.embed\.weight is torch\.float32 \[16, 61\] instead of torch"),
+        (replace_embedding(torch.ones(61, 16).double()), r"model\.embed\.weight is torch\.float64 \[61, 16\] instead"),
+        (lambda path: rewrite(path, SHARD, b"no tensors"), "tensors cannot be read"),
+        (lambda path: rewrite(path, INDEX, b"[]"), "index.json: holds no mapping"),
+        (lambda path: rewrite(path, INDEX, b'{"model.embed.weight": 3}'), "does not map tensors to files"),
+        (lambda path: rewrite(path, INDEX, b"[" * 100_000), "index.json: "),
+        (lambda path: rewrite(path, META, b'{"format_version": 2, "parameters": {"embed.weight": 7}}'), "no mapping"),
+    ],
+)  # fmt: skip
+def test_what_fits_the_checksums_but_not_the_format_is_one_clear_error(copy, change, message):
+    path = copy / "step_00000020"
+    change(path)
     verify(path)
-    with pytest.raises(CheckpointError, match=r"mkdir, which no checkpoint holds"):
-        read_weights(path)
-    assert not (tmp_path / "trace").exists()
+    with pytest.raises(CheckpointError, match=message) as caught:
+        dict(read_parameters(path, [("weight", "embed.weight")]))
+    assert str(caught.value).endswith("use another checkpoint")
+
+
+def test_a_manifest_that_leaves_out_what_is_needed_is_damage(copy):
+    manifest = json.loads((copy / "latest" / MANIFEST).read_text())
+    for name in (META, INDEX):
+        files = {key: entry for key, entry in manifest["files"].items() if key != name}
+        (copy / "latest" / MANIFEST).write_text(json.dumps(manifest | {"files": files}))
+        with pytest.raises(CheckpointError, match=f"does not list {name}"):
+            verify(copy / "latest")
+
+
+def test_what_cannot_be_written_is_an_os_error(tmp_path):
+    with pytest.raises(OSError, match="absent"):
+        write_tensors(tmp_path / "absent" / "file", {"a": torch.ones(1)})
+
+
+READING = r"""
+import re, sys, torch
+from pathlib import Path
+from models.checkpoint import load_weights
+from torch import nn
+
+def peak_mb():
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+model = nn.Module()
+for number in range(8):
+    model.register_parameter(f"p{number}", nn.Parameter(torch.zeros(4 << 20)))
+before = peak_mb()
+load_weights(Path(sys.argv[1]), model)
+print(before, peak_mb())
+assert all(p[-1] == number for number, p in enumerate(model.parameters()))
+"""
+
+
+def test_reading_takes_no_second_copy_of_the_model(tmp_path):
+    """128 MB of weights and as much in each moment: what reading adds to a built model is a tensor of 16 MB."""
+    tensors = {f"model.p{number}": torch.full((4 << 20,), float(number)) for number in range(8)}
+    moments = {key.replace("model", "optimizer.exp_avg"): tensor * 2 for key, tensor in tensors.items()}
+    write_tensors(tmp_path / SHARD, tensors | moments)
+    (tmp_path / INDEX).write_text(json.dumps(dict.fromkeys(tensors | moments, SHARD)))
+    shapes = {key.removeprefix("model."): [4 << 20] for key in tensors}
+    (tmp_path / META).write_text(json.dumps({"format_version": FORMAT_VERSION, "parameters": shapes}))
+    files = {name: describe_file(tmp_path / name) for name in (SHARD, INDEX, META)}
+    (tmp_path / MANIFEST).write_text(json.dumps({"format_version": FORMAT_VERSION, "files": files}))
+    done = subprocess.run([sys.executable, "-c", READING, str(tmp_path)], capture_output=True, text=True, check=True)
+    before, after = (float(word) for word in done.stdout.split())
+    assert after - before < 48

@@ -19,6 +19,7 @@ import models.hf.verify
 from data.tokenizer import Tokenizer, train_tokenizer
 from models.hf.__main__ import main
 from models.hf.export import _figures, export
+from models.hf.formats import Stored
 from models.lm import LM
 from tests.models.griffin import griffin, griffin_config, padded_griffin, write_run
 
@@ -192,8 +193,8 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_model_without_class_is_refused_with_every_key(model_file: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(griffin_config(vocab_size=500), logit_soft_cap=None, tie_embeddings=False)
     run = write_run(tmp_path / "run", griffin(config), model_file)
-    with pytest.raises(ValueError, match=r"(?s)model\.tie_embeddings: False; .*model\.logit_soft_cap: None; "):
-        export(run, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"(?s)model\.tie_embeddings: false; .*model\.logit_soft_cap: null; "):
+        export(run, tmp_path / "out", format_name="recurrentgemma")
     assert not (tmp_path / "out").exists()
 
 
@@ -209,14 +210,13 @@ def test_what_does_not_agree_is_not_left_behind(
 ) -> None:
     """The verification reads back what was written: one wrong weight, or another tokenizer, and nothing appears."""
     if fault == "weights":
-        honest = models.hf.export.to_hf_weights
+        honest = Stored.cut
 
-        def wrong(weights: dict, layers: tuple) -> dict:
-            found = honest(weights, layers)
-            name = "model.layers.2.temporal_block.o_proj.bias"
-            return found | {name: found[name] + 0.1}
+        def wrong(self: Stored, parameter: torch.Tensor) -> torch.Tensor:
+            found = honest(self, parameter)
+            return found + 0.1 if self.name == "model.layers.2.temporal_block.o_proj.bias" else found
 
-        monkeypatch.setattr(models.hf.export, "to_hf_weights", wrong)
+        monkeypatch.setattr(Stored, "cut", wrong)
     elif fault == "order of ids":
         honest_call = PreTrainedTokenizerFast.__call__
 

@@ -57,6 +57,7 @@ def test_parameter_count_is_the_formula(tied: bool) -> None:
     model = LM(settings)
     assert settings.num_params() == model.num_params() == sum(p.numel() for p in model.parameters())
     table = model.layer_table(16)
+    assert [row["impl"] for row in table if row["layer"] == "norms"] == ["chunked"]
     assert sum(row["parameters"] for row in table) == model.num_params()
     assert sum(row["flops_per_token"] for row in table) == model.flops_per_token(16)
 

@@ -26,6 +26,7 @@ from tests.ops.compare import (
     layouts,
     packed_positions,
 )
+from tests.ops.documents import assert_equals_reference, positions
 
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 100, 257)
 gru = partial(diagonal_gru, output_final_state=True)
@@ -98,21 +99,11 @@ def test_fp32_error_is_earned(time: int) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    starts=st.lists(st.booleans(), min_size=1, max_size=150),
-    first=st.integers(0, 3),
-    seed=st.integers(0, 99),
-    segments=st.integers(1, 20),
-)
-def test_any_documents(starts: list[bool], first: int, seed: int, segments: int) -> None:
+@given(row=positions(150), seed=st.integers(0, 99), segments=st.integers(1, 20))
+def test_any_documents(row: list[int], seed: int, segments: int) -> None:
     torch.manual_seed(seed)
-    positions = [first]
-    for start in starts[1:]:
-        positions.append(0 if start else positions[-1] + 1)
-    layout = Layout(torch.tensor([positions]))
-    inputs = make_inputs(len(starts), batch=1, width=2)
-    expected = evaluate(gru, inputs, layout=layout, impl="reference")
-    assert_equal(evaluate(gru, inputs, layout=layout, impl="chunked", segments=segments), expected, 1e-12)
+    inputs = make_inputs(len(row), batch=1, width=2)
+    assert_equals_reference(gru, inputs, row, impl="chunked", tolerance=1e-12, segments=segments)
 
 
 @pytest.mark.parametrize("segments", [1, 3])

@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ops import Layout
 from ops.diagonal_cell import triton as host
-from ops.diagonal_lstm.triton import form as lstm_form
 from tests.ops.compare import (
     DEVICE,
     LENGTHS,
@@ -97,9 +96,10 @@ def test_splitting_and_carrying_the_state_equals_not_splitting(cut: int, segment
 
 
 @both
-def test_permuted_rows_permute_the_output(name: str) -> None:
+@settings(max_examples=3, deadline=None)
+@given(order=st.permutations(range(3)))
+def test_permuted_rows_permute_the_output(name: str, order: list[int]) -> None:
     inputs = make_inputs(name, 5, batch=3, dtype=torch.float32)
-    order = torch.tensor([2, 0, 1])
     permuted = inputs | {k: inputs[k][order] for k in ("gates", "initial_state")}
     y, state = OPS[name](**on_device(inputs), impl="triton")
     permuted_y, permuted_state = OPS[name](**on_device(permuted), impl="triton")
@@ -133,7 +133,7 @@ def test_strided_inputs(name: str) -> None:
     assert_equal(evaluate(OPS[name], inputs | strided, impl="triton"), evaluate(OPS[name], inputs, impl="triton"), 0.0)
 
 
-@pytest.mark.parametrize("name", ["lstm", pytest.param("gru", marks=slow)])
+@both
 def test_compiles_whole_under_checkpointing_and_autocast(name: str) -> None:
     inputs = make_inputs(name, 3, dtype=torch.float32)
     layout = Layout(torch.tensor([[4, 5, 0], [0, 1, 2]], device=DEVICE))
@@ -189,22 +189,45 @@ def pull_without_cell(gradient, slopes, weights):
     return (tl.zeros_like(dcell), dh), (d_f, d_o, d_z)
 
 
-@pytest.mark.parametrize("mutant", [None, "reset", "state", "peephole", "cell"])
-def test_what_is_dropped_is_caught(mutant: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs, layout = make_inputs("lstm", 6), Layout(packed_positions(6, first=1, cuts=(3,)))
-    forward, cell = lstm_form.forward, lstm_form.cell
+@triton.jit
+def weigh_without_reset(dgates, state, next_state, acts):
+    """The candidate's weight gets its gradient as if the reset gate were open."""
+    d_z, d_r, d_c = dgates
+    return d_z * state[0], d_r * state[0], d_c * state[0]
+
+
+@triton.jit
+def pull_without_reset_gate(gradient, slopes, weights):
+    """What reaches the earlier state through the reset gate's own pre-activation goes missing."""
+    (dh,) = gradient
+    keep, r, by_update, by_reset, by_candidate = slopes
+    d_z, d_c = dh * by_update, dh * by_candidate
+    d_reset = d_c * weights[2]
+    return (r * d_reset + weights[0] * d_z + keep * dh,), (d_z, d_reset * by_reset, d_c)
+
+
+MUTANTS = {
+    "lstm": {"weigh": weigh_without_peephole, "pull": pull_without_cell},
+    "gru": {"weigh": weigh_without_reset, "pull": pull_without_reset_gate},
+}
+
+
+@pytest.mark.parametrize("mutant", [None, "reset", "state", "weigh", "pull"])
+@both
+def test_what_is_dropped_is_caught(name: str, mutant: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, layout = make_inputs(name, 6), Layout(packed_positions(6, first=1, cuts=(3,)))
+    form = FORMS[name]
+    forward = form.forward
 
     def dropping(gates: Tensor, weights: Tensor, initial: Tensor, starts: Tensor | None, *options: Any) -> Any:
         starts = None if mutant == "reset" else starts
         return forward(gates, weights, initial * (mutant != "state"), starts, *options)
 
-    monkeypatch.setattr(lstm_form, "forward", dropping)
-    if mutant == "peephole":
-        monkeypatch.setattr(lstm_form, "cell", cell._replace(weigh=weigh_without_peephole))
-    if mutant == "cell":
-        monkeypatch.setattr(lstm_form, "cell", cell._replace(pull=pull_without_cell))
+    monkeypatch.setattr(form, "forward", dropping)
+    if mutant in MUTANTS[name]:
+        monkeypatch.setattr(form, "cell", form.cell._replace(**{mutant: MUTANTS[name][mutant]}))
     if mutant is None:
-        assert_earned(OPS["lstm"], inputs, layout=layout, impl="triton")
+        assert_earned(OPS[name], inputs, layout=layout, impl="triton")
         return
     with pytest.raises(AssertionError, match="earned"):
-        assert_earned(OPS["lstm"], inputs, layout=layout, impl="triton")
+        assert_earned(OPS[name], inputs, layout=layout, impl="triton")

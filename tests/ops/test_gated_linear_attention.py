@@ -24,6 +24,7 @@ from tests.ops.compare import (
     layouts,
     packed_positions,
 )
+from tests.ops.documents import assert_equals_reference, positions
 
 gla = partial(gated_linear_attention, output_final_state=True)
 
@@ -88,16 +89,11 @@ def test_fp32_error_is_earned(time: int) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(starts=st.lists(st.booleans(), min_size=1, max_size=150), first=st.integers(0, 3), seed=st.integers(0, 99))
-def test_any_documents(starts: list[bool], first: int, seed: int) -> None:
+@given(row=positions(150), seed=st.integers(0, 99))
+def test_any_documents(row: list[int], seed: int) -> None:
     torch.manual_seed(seed)
-    positions = [first]
-    for start in starts[1:]:
-        positions.append(0 if start else positions[-1] + 1)
-    layout = Layout(torch.tensor([positions]))
-    inputs = make_inputs(len(starts), batch=1, heads=1, keys=2, values=3)
-    expected = evaluate(gla, inputs, layout=layout, impl="reference")
-    assert_equal(evaluate(gla, inputs, layout=layout, impl="chunked"), expected, 1e-13)
+    inputs = make_inputs(len(row), batch=1, heads=1, keys=2, values=3)
+    assert_equals_reference(gla, inputs, row, impl="chunked", tolerance=1e-13)
 
 
 @pytest.mark.parametrize("kind", ["none", "packed", "continued"])

@@ -20,6 +20,7 @@ from models.mixers.paralstm import ParaLSTMConfig
 from models.mixers.rglru import RGLRUConfig
 from models.mlp import MLPConfig
 from parallel.collectives import all_gather
+from parallel.config import ParallelConfig
 from parallel.grid import Grid
 from parallel.partition import build_model
 from parallel.traffic import counted
@@ -94,12 +95,19 @@ def alone(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def together(
-    grid: Grid, sequence: int, tensor: int, settings: dict[str, Any] | None = None
+    grid: Grid,
+    sequence: int,
+    tensor: int,
+    settings: dict[str, Any] | None = None,
+    sharded_norms: bool = False,
+    **further: Any,
 ) -> tuple[dict[str, Tensor], Any]:
-    """The same of `config_of(**settings)` on all ranks, whole again, and what travelled."""
+    """The same of `config_of(**settings)` on all ranks, whole again, and what travelled. `further` goes into the ranks'
+    configuration."""
     config = config_of(**(settings or {}))
     grid = grid.arranged(sequence=sequence, tensor=tensor)
-    model, _, partition = build_model(config, grid, seed=0, sequence_length=TIME)
+    parallel = ParallelConfig(sequence=sequence, tensor=tensor, sequence_sharded_norms=sharded_norms, **further)
+    model, _, partition = build_model(config, grid, seed=0, sequence_length=TIME, parallel=parallel)
     model.double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

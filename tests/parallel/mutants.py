@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from models.mixers import MIXERS
 from models.sharding import Cut
 from ops import Layout
-from parallel import partition, sequence, tensor, vocabulary
+from parallel import partition, regions, sequence, tensor, vocabulary
 from parallel.axes import Axis
 from parallel.collectives import from_previous, gather, reduce_from
+from parallel.regions import leave
 
 Mutant = Callable[[], AbstractContextManager[Any]]
 
@@ -46,10 +47,12 @@ _part_of = tensor.part_of
 _rows = vocabulary._rows
 _slice = vocabulary.vocabulary_slice
 _incoming = sequence.incoming_state
+_gather_slices = regions.gather_slices
+_reduce_slices = regions.reduce_slices
 
 
 def _bias_everywhere(self: Any, x: Tensor) -> Tensor:
-    return reduce_from(nn.functional.linear(x, self.weight, self.bias), self.axis)
+    return leave(nn.functional.linear(x, self.weight, self.bias), self.region)
 
 
 def _one_unit(self: Axis, parts: int) -> Axis:
@@ -114,8 +117,8 @@ TENSOR: dict[str, tuple[tuple[str, ...], Mutant]] = {
     "statistics of a norm over ranks, ParaRNN": (("paralstm",), _stated("paralstm", spanning=())),
     "local statistics": (("hgrn2",), _patched(tensor.SpanningNorm, "forward", _local_statistics)),
     "gradient of statistics": (("paralstm",), _patched(tensor.SpanningNorm, "forward", _one_way_statistics)),
-    "sum of the products, RG-LRU": (("rglru",), _patched(tensor, "reduce_from", lambda x, axis: x)),
-    "sum of the input's gradients": (("rglru",), _patched(tensor, "copy_to", lambda x, axis: x)),
+    "sum of the products, RG-LRU": (("rglru",), _patched(tensor, "leave", lambda x, region: x)),
+    "sum of the input's gradients": (("rglru",), _patched(tensor, "enter", lambda x, region: x)),
     "bias added on every rank, RG-LRU": (("rglru",), _patched(tensor.RowLinear, "forward", _bias_everywhere)),
     "bias added on every rank, attention": (
         ("local_attention",),
@@ -124,7 +127,7 @@ TENSOR: dict[str, tuple[tuple[str, ...], Mutant]] = {
     "rows of the vocabulary": (("rglru",), _patched(vocabulary, "_rows", _shifted_rows)),
     "padding of the vocabulary": (("rglru",), _patched(vocabulary, "vocabulary_slice", _with_padding)),
     "sum of embeddings and labels' logits": (("rglru",), _patched(vocabulary, "reduce_from", lambda x, axis: x)),
-    "gradient into the head": (("rglru",), _patched(vocabulary, "copy_to", lambda x, axis: x)),
+    "gradient into the head": (("rglru",), _patched(vocabulary, "enter", lambda x, region: x)),
     **{
         f"boundary, {kind}": ((kind,), lambda: _cut_with(_shifted_part))
         for kind in ("rglru", "hgrn2", "gated_deltanet", "paralstm", "attention", "local_attention")
@@ -157,6 +160,23 @@ SEQUENCE: dict[str, tuple[tuple[str, ...], Mutant]] = {
     },
 }
 """The same for slices."""
+
+SHARDED: dict[str, tuple[tuple[str, ...], Mutant]] = {
+    "gradients of norms and biases": (("rglru",), _patched(partition, "all_reduce", lambda x, axis, layer: x)),
+    "gathered one token late": (
+        ("rglru",),
+        _patched(regions, "gather_slices", lambda x, axis: _gather_slices(x, axis).roll(1, 1)),
+    ),
+    "sum of the products": (
+        ("rglru",),
+        _patched(regions, "reduce_slices", lambda y, axis: y.chunk(axis.size, 1)[axis.index]),
+    ),
+    "boundary of the tokens": (
+        ("rglru",),
+        _patched(regions, "reduce_slices", lambda y, axis: _reduce_slices(y.roll(-1, 1), axis)),
+    ),
+}
+"""The same for norms and residuals of a share of the tokens, on two tensor ranks."""
 
 CHAINED: dict[str, tuple[tuple[str, ...], Mutant]] = {
     f"transition through a slice, {kind}": ((kind,), _patched(sequence, "incoming_state", _no_transition))

@@ -27,7 +27,7 @@ def test_ranks_lie_on_the_grid_in_the_order_of_its_axes(counts: tuple[int, ...])
 def test_groups_are_the_same_for_all_their_ranks_and_cover_all(counts: tuple[int, ...]) -> None:
     sizes = dict(zip(AXES, counts))
     world = [make_axes(rank, sizes) for rank in range(torch.tensor(counts).prod())]
-    for name in (*AXES, "replicas"):
+    for name in (*AXES, "replicas", "stage"):
         for rank, axes in enumerate(world):
             axis = axes[name]
             assert axis.ranks[axis.index] == rank

@@ -10,7 +10,31 @@ from parallel.grid import Grid
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 CASES: dict[str, tuple[list[str], str]] = {
-    "world": (["parallel.tensor=3"], "parallel.sequence x parallel.tensor: 1 x 3; must divide the 2 ranks: choose"),
+    "world": (["parallel.tensor=3"], "parallel.tensor: 1 x 1 x 3; must divide the 2 ranks: choose"),
+    "layers": (
+        ["parallel.pipeline=2", "model.layers=[rglru]"],
+        "parallel.pipeline: 2; must be at most the 1 blocks of model.layers, as each stage needs one: choose among 1",
+    ),
+    "stages of another depth": (
+        ["parallel.pipeline=2", "parallel.stages=[2, 2]"],
+        "parallel.stages: [2, 2]; these are 4 blocks, but model.layers has 3; choose e.g. [2, 1]",
+    ),
+    "stages of another number": (
+        ["parallel.pipeline=2", "parallel.stages=[1, 1, 1]"],
+        "parallel.stages: [1, 1, 1]; must be 2 numbers of blocks (pipeline: 2), each at least 1; correct it",
+    ),
+    "ZeRO 2 with stages": (
+        ["parallel.pipeline=2", "parallel.zero_stage=2"],
+        "parallel.zero_stage: 2; must be 0 or 1 with pipeline: 2,",
+    ),
+    "ZeRO 3 with stages": (
+        ["parallel.pipeline=2", "parallel.zero_stage=3"],
+        "parallel.zero_stage: 3; must be 0 or 1 with pipeline: 2,",
+    ),
+    "checkpointed mixers": (
+        ["parallel.activation_checkpointing=selective", "parallel.checkpointed_mixers=[hgrn2]"],
+        "parallel.checkpointed_mixers: ['hgrn2']; must be mixers of model.layers, which has rglru, local_attention",
+    ),
     "blocks": (
         ["parallel.tensor=2", "model.mixers.rglru.gate_blocks=1"],
         "parallel.tensor: 2; blocks.0.mixer.x_proj.weight: 1 units do not divide over 2 ranks; fitting: 1",
@@ -44,6 +68,10 @@ CASES: dict[str, tuple[list[str], str]] = {
         ["parallel.sequence=2", "data.sequence_length=49"],
         "parallel.sequence: 2; data.sequence_length: 49; must be a multiple of it: choose e.g. 48",
     ),
+    "tokens of sharded norms": (
+        ["parallel.tensor=2", "parallel.sequence_sharded_norms=true", "data.sequence_length=49"],
+        "data.sequence_length: 49; must be a multiple of parallel.sequence x parallel.tensor, 2: choose e.g. 48",
+    ),
     "convolution": (
         ["parallel.sequence=2", "data.sequence_length=48", "model.mixers.rglru.conv_width=26"],
         "slices of 24 tokens, where a convolution looks back 25; use fewer ranks or a longer data.sequence_length",
@@ -62,14 +90,16 @@ CASES: dict[str, tuple[list[str], str]] = {
 def messages(grid: Grid, directory: Path) -> dict[str, tuple[int, str]]:
     """What train.py returns and says on these ranks."""
     import train
+    import training.start
 
     found = {}
     for name, (overrides, _) in CASES.items():
         said = io.StringIO()
         with (
             mock.patch.object(train, "init_distributed", return_value=grid),
-            mock.patch.object(train, "check_run", return_value=None),  # of the corpus, which there is none of
-            mock.patch.object(train, "StopSignal"),
+            mock.patch.object(training.start, "check_run", return_value=None),  # of the corpus, which there is none of
+            mock.patch.object(train, "StopRequest"),
+            mock.patch.object(train, "Watch"),
             contextlib.redirect_stderr(said),
         ):
             code = train.main([str(ASSETS / "tiny.yaml"), f"log.directory={directory}", "eval.prompts=[]", *overrides])

@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from parallel.collectives import copy_to, exchange, from_previous, gather, receive, reduce_from, send
+from parallel import axes
+from parallel.axes import AXES, make_axes
+from parallel.collectives import all_reduce, copy_to, exchange, from_previous, gather, receive, reduce_from, send
 from parallel.grid import Grid
 from parallel.vocabulary import log_sum_exp_over
 
@@ -121,3 +125,19 @@ def test_regions_of_different_work_have_the_gradients_of_one_process(ranks: Any)
         torch.testing.assert_close(dx, x.grad)
         torch.testing.assert_close(total, torch.arange(4.0, dtype=torch.float64) * 300)
         torch.testing.assert_close(share, torch.arange(1.0, 5.0, dtype=torch.float64) * (rank == 0))
+
+
+def after_unequal_groups(grid: Grid) -> list[float]:
+    """Sums over every axis of a grid whose groups are made when some ranks are in more groups than others."""
+    dist.new_group([0, 3])  # as stages are that share a parameter
+    with mock.patch.dict(axes._groups, clear=True), mock.patch.object(axes, "_made", set()):
+        on = grid.arranged(pipeline=2, tensor=2)
+        return [float(all_reduce(torch.tensor(1.0 + grid.rank), axis)) for axis in on.axes.values()]
+
+
+def test_groups_meet_where_ranks_have_been_in_unequally_many(ranks: Any) -> None:
+    names = [*make_axes(0, dict.fromkeys(AXES, 1))]
+    for rank, found in enumerate(ranks(4).run(after_unequal_groups, timeout=60.0)):
+        wanted = dict.fromkeys(names, 1.0 + rank)
+        wanted |= {"pipeline": 2.0 + rank % 2 + rank % 2 + 2, "tensor": 3.0 if rank < 2 else 7.0}
+        assert dict(zip(names, found, strict=True)) == wanted | {"stage": wanted["tensor"]}

@@ -1,6 +1,6 @@
 import pytest
 
-from parallel.config import DEEPSPEED_KEYS, DEFAULTS, DERIVED_KEYS, UNSUPPORTED_KEYS, ParallelConfig, deepspeed_config
+from parallel.config import DEEPSPEED_KEYS, DEFAULTS, DERIVED_KEYS, OFFLOADS, ParallelConfig, deepspeed_config
 from parallel.grid import Grid
 
 
@@ -12,7 +12,7 @@ def nested(path: str, value: object) -> dict:
     return mapping
 
 
-@pytest.mark.parametrize("path", [*DERIVED_KEYS, *UNSUPPORTED_KEYS])
+@pytest.mark.parametrize("path", [*DERIVED_KEYS, *OFFLOADS])
 def test_engine_may_not_contradict_the_run(path):
     with pytest.raises(ValueError, match=rf"^engine\.{path}: 7; .*remove it"):
         ParallelConfig(engine=nested(path, 7))
@@ -21,14 +21,46 @@ def test_engine_may_not_contradict_the_run(path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("zero_stage", 3, "zero_stage: 3; must be 0, 1 or 2"),
+        ("zero_stage", 4, "zero_stage: 4; must be 0, 1, 2 or 3"),
+        ("sequence_sharded_norms", True, "sequence_sharded_norms: true; needs tensor ranks, and tensor is 1"),
         ("timeout_minutes", 0, "timeout_minutes: 0; must be positive"),
+        ("pipeline", 0, "pipeline: 0; must be at least 1"),
+        (
+            "stages",
+            (2, 2),
+            r"stages: \[2, 2\]; must be 1 numbers of blocks \(pipeline: 1\), each at least 1; correct it",
+        ),
         ("engine", {"zero_optimization": 2}, "engine.zero_optimization: 2; must be a mapping"),
     ],
 )
 def test_bad_values_are_refused(key, value, message):
     with pytest.raises(ValueError, match=message):
         ParallelConfig(**{key: value})
+
+
+PIPELINE = [
+    ({"zero_stage": 2}, "zero_stage: 2; must be 0 or 1 with pipeline: 2, .* set zero_stage: 1, or pipeline: 1"),
+    ({"zero_stage": 3}, "zero_stage: 3; must be 0 or 1 with pipeline: 2"),
+    ({"stages": (3,)}, r"stages: \[3\]; must be 2 numbers of blocks"),
+    ({"stages": (3, 0)}, r"stages: \[3, 0\]; must be 2 numbers of blocks \(pipeline: 2\), each at least 1"),
+    ({"engine": nested("zero_optimization.overlap_comm", True)}, "overlap_comm: True; DeepSpeed does not overlap with"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), PIPELINE)
+def test_what_stages_cannot_have_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ParallelConfig(pipeline=2, **settings)
+
+
+@pytest.mark.parametrize(("path", "stage"), OFFLOADS.items())
+def test_offloading_needs_a_stage_that_can(path, stage):
+    kept = nested(path, {"device": "cpu"})
+    ParallelConfig(zero_stage=stage, engine=kept)
+    with pytest.raises(ValueError, match=rf"^engine\.{path}: .*needs zero_stage {stage} or higher, .*is {stage - 1};"):
+        ParallelConfig(zero_stage=stage - 1, engine=kept)
+    with pytest.raises(ValueError, match=rf"^engine\.{path}: .*its device must be cpu"):
+        ParallelConfig(zero_stage=stage, engine=nested(path, {"device": "nvme"}))
 
 
 @pytest.mark.parametrize(

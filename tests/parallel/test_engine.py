@@ -23,6 +23,7 @@ from tests.parallel.tiny import (
 from training.optimizer import parameter_groups
 
 STEPS = range(5)
+STAGES = [0, 1, 2, 3]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def assert_same_curve(results, expected):
 
 def test_every_zero_stage_follows_plain_adamw(ranks, reference):
     assert all(norm > OPTIMIZER.clip_norm for _, _, norm, _ in reference)
-    runs = {f"stage {stage}": {"zero_stage": stage, "num_microbatches": 2} for stage in (0, 1, 2)}
+    runs = {f"stage {stage}": {"zero_stage": stage, "num_microbatches": 2} for stage in STAGES}
     for per_rank in ranks(2).run(trajectories, runs=runs):
         for results in per_rank.values():
             assert_same_curve(results, reference)
@@ -92,13 +93,13 @@ def affine_norms(grid: Grid, stages: list[int], precision: str) -> list[float]:
 
 
 def test_bf16_reduces_gradients_in_fp32(ranks):
-    fp32 = ranks(2).run(affine_norms, stages=[0, 1, 2], precision="fp32")[0]
-    bf16 = ranks(2).run(affine_norms, stages=[0, 1, 2], precision="bf16")[0]
+    fp32 = ranks(2).run(affine_norms, stages=STAGES, precision="fp32")[0]
+    bf16 = ranks(2).run(affine_norms, stages=STAGES, precision="bf16")[0]
     torch.testing.assert_close(bf16, fp32, rtol=1e-5, atol=0.0)
 
 
 def bf16_training(grid: Grid) -> tuple[list[list[tuple]], set[torch.dtype]]:
-    engines = [tiny_engine(grid, zero_stage=stage, precision="bf16") for stage in (0, 1, 2)]
+    engines = [tiny_engine(grid, zero_stage=stage, precision="bf16") for stage in STAGES]
     curves = [train(engine, STEPS) for engine in engines]
     return curves, {parameter.dtype for engine in engines for parameter in engine.module.parameters()}
 
@@ -118,7 +119,7 @@ def weights(engine: Any) -> list[Tensor]:
 
 def step_without_targets(grid: Grid) -> list[tuple[tuple, bool]]:
     outcomes = []
-    for stage in (0, 1, 2):
+    for stage in STAGES:
         engine = tiny_engine(grid, zero_stage=stage)
         batch = microbatches(grid, 0, 1)[0]
         result = engine.step([batch._replace(labels=torch.full_like(batch.labels, -100))], 1e-2)
@@ -127,14 +128,14 @@ def step_without_targets(grid: Grid) -> list[tuple[tuple, bool]]:
 
 
 def test_a_batch_without_targets_is_harmless(ranks):
-    assert ranks(2).run(step_without_targets)[1] == [((0.0, 0.0, 0.0, 0), True)] * 3
+    assert ranks(2).run(step_without_targets)[1] == [((0.0, 0.0, 0.0, 0), True)] * len(STAGES)
 
 
 def step_with_targets_on_one_rank(grid: Grid) -> list[tuple]:
     batch = microbatches(grid, 0, 1)[0]
     if grid.rank == 1:
         batch = batch._replace(labels=torch.full_like(batch.labels, -100))
-    return [tiny_engine(grid, zero_stage=stage).step([batch], 1e-2)[:4] for stage in (0, 1, 2)]
+    return [tiny_engine(grid, zero_stage=stage).step([batch], 1e-2)[:4] for stage in STAGES]
 
 
 def test_a_rank_without_targets_does_not_dilute_the_loss(ranks):
@@ -154,7 +155,7 @@ def test_a_rank_without_targets_does_not_dilute_the_loss(ranks):
 def step_on_broken_gradient(grid: Grid) -> list[tuple[float, bool, int]]:
     """The gradient overflows on the last rank only."""
     outcomes = []
-    for stage in (0, 1, 2):
+    for stage in STAGES:
         engine = tiny_engine(grid, zero_stage=stage, model=Affine())
         poison = float("inf") if grid.rank == 1 else 0.0
         hook = engine.module.map.bias.register_hook(lambda grad, poison=poison: grad + poison)
@@ -175,8 +176,8 @@ def test_a_gradient_that_is_not_finite_is_reported_and_not_applied(ranks):
             assert num_updates == 1
 
 
-def evaluate_in_between(grid: Grid) -> tuple[Tensor, list[tuple], list[tuple], bool]:
-    plain, evaluated = (tiny_engine(grid, zero_stage=2, num_microbatches=2) for _ in range(2))
+def evaluate_in_between(grid: Grid, stage: int) -> tuple[Tensor, list[tuple], list[tuple], bool]:
+    plain, evaluated = (tiny_engine(grid, zero_stage=stage, num_microbatches=2) for _ in range(2))
     nll = evaluated.evaluate(global_batch(7))
     results = []
     for step in STEPS:
@@ -185,11 +186,12 @@ def evaluate_in_between(grid: Grid) -> tuple[Tensor, list[tuple], list[tuple], b
     return nll, train(plain, STEPS), results, evaluated.module.training
 
 
-def test_evaluation_leaves_training_alone(ranks):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_evaluation_leaves_training_alone(ranks, stage):
     batch = global_batch(7)
     with torch.no_grad():
         expected, _ = tiny_model()(batch.input_ids, batch.positions, batch.labels)
-    nll, plain, evaluated, training = ranks(2).run(evaluate_in_between)[1]
+    nll, plain, evaluated, training = ranks(2).run(evaluate_in_between, stage=stage)[1]
     torch.testing.assert_close(nll, expected)
     assert not nll.requires_grad
     assert evaluated == plain
@@ -199,7 +201,7 @@ def test_evaluation_leaves_training_alone(ranks):
 def stopping(grid: Grid) -> list[tuple[Any, tuple[int, int]]]:
     """Steps with nobody, the second and every rank asking for a stop, and the engine's own collectives in each."""
     outcomes = []
-    for stage in (0, 1, 2):
+    for stage in STAGES:
         engine = tiny_engine(grid, zero_stage=stage)
         for step, stop in enumerate((False, grid.rank == 1, True)):
             with (
@@ -214,9 +216,11 @@ def stopping(grid: Grid) -> list[tuple[Any, tuple[int, int]]]:
 def test_a_stop_on_any_rank_is_known_to_all_and_changes_nothing_else(ranks, reference):
     first, second = ranks(2).run(stopping)
     assert first == second
-    assert [result.stop for result, _ in first] == [False, True, True] * 3
-    assert [result.tokens for result, _ in first] == [tokens for *_, tokens in reference[:3]] * 3
-    assert {counts for _, counts in first} == {(1, 1)}, "one for the counts before the step, one for the sums after it"
+    assert [result.stop for result, _ in first] == [False, True, True] * len(STAGES)
+    assert [result.tokens for result, _ in first] == [tokens for *_, tokens in reference[:3]] * len(STAGES)
+    assert {counts for _, counts in first} == {(2, 1)}, (
+        "the counts before the step; the sums and the word on the update"
+    )
 
 
 def refusals(grid: Grid) -> list[str]:

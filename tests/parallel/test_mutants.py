@@ -7,7 +7,7 @@ from torch import Tensor
 
 from parallel.grid import Grid
 from tests.parallel.mixed import alone, config_of, together
-from tests.parallel.mutants import CHAINED, SEQUENCE, TENSOR
+from tests.parallel.mutants import CHAINED, SEQUENCE, SHARDED, TENSOR
 from tests.parallel.test_partition import assert_equal, errors
 
 NOTICED = 1e-4
@@ -17,6 +17,7 @@ AXES = {
     "tensor": (2, (1, 2), TENSOR),
     "sequence": (2, (2, 1), SEQUENCE),
     "three slices": (3, (3, 1), CHAINED),
+    "sharded norms": (2, (1, 2), SHARDED),
 }
 """Ranks, (sequence, tensor), mutants."""
 
@@ -26,10 +27,10 @@ def with_each(grid: Grid, axis: str) -> dict[str, dict[str, Tensor]]:
     _, split, mutants = AXES[axis]
     found = {}
     for layers in dict.fromkeys(layers for layers, _ in mutants.values()):
-        found[layers[0]] = together(grid, *split, {"layers": layers})[0]
+        found[layers[0]] = together(grid, *split, {"layers": layers}, mutants is SHARDED)[0]
     for name, (layers, mutant) in mutants.items():
         with mutant():
-            found[name] = together(grid, *split, {"layers": layers})[0]
+            found[name] = together(grid, *split, {"layers": layers}, mutants is SHARDED)[0]
     return found
 
 

@@ -41,6 +41,32 @@ def test_gradients_equal_one_process(
             assert_equal(found, expected)
 
 
+def with_sharded_norms(grid: Grid, splits: list[tuple[int, int]], **settings: Any) -> list[dict[str, Tensor]]:
+    return [together(grid, *split, settings, sharded_norms=True)[0] for split in splits]
+
+
+@pytest.mark.parametrize(("size", "splits"), [(2, [(1, 2)]), (4, [(2, 2)])])
+def test_norms_and_residuals_of_a_share_of_the_tokens(
+    ranks: Any, expected: dict[str, Tensor], size: int, splits: list[tuple[int, int]]
+) -> None:
+    for of_rank in ranks(size).run(with_sharded_norms, splits=splits):
+        for found in of_rank:
+            assert_equal(found, expected)
+
+
+POST_NORM: dict[str, Any] = {
+    "layers": ("attention", "rglru"),
+    "tied": False,
+    "changes": {"model": {"post_norm": ("attention",)}},
+}
+
+
+def test_sharded_norms_after_a_mixer(ranks: Any) -> None:
+    wanted = alone(config_of(**POST_NORM))
+    for (found,) in ranks(2).run(with_sharded_norms, splits=[(1, 2)], **POST_NORM):
+        assert_equal(found, wanted)
+
+
 def test_an_untied_head(ranks: Any) -> None:
     settings: dict[str, Any] = {"layers": ("rglru",), "tied": False}
     wanted = alone(config_of(**settings))

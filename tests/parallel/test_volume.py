@@ -9,8 +9,9 @@ import torch
 
 from configs.schema import load_config
 from models.lm import LM
+from parallel.config import ParallelConfig
 from parallel.grid import Grid
-from parallel.traffic import Key, Volume, counted
+from parallel.traffic import Key, Volume, counted, summary
 from parallel.volume import Split, traffic_of
 from tests.parallel.mixed import EVERY_MIXER, config_of, loss_of
 
@@ -20,7 +21,8 @@ RECURRENT = ("rglru", "hgrn2", "gated_deltanet", "paralstm")
 NO_FULL_ATTENTION = (*RECURRENT, "local_attention")
 SETTINGS: dict[str, Any] = {"changes": {"attention": {"qk_norm": "full"}, "local_attention": {"qk_norm": "head"}}}
 Case = tuple[int, int, int, bool, dict[str, Any]]
-"""Sequence ranks, tensor ranks, tokens of a row, whether under bf16, settings of the model."""
+"""Sequence ranks, tensor ranks, tokens of a row, whether under bf16, settings of the model and among them whether
+norms are sharded."""
 
 
 def measured(grid: Grid, cases: list[Case]) -> list[dict[Key, Volume]]:
@@ -30,7 +32,11 @@ def measured(grid: Grid, cases: list[Case]) -> list[dict[Key, Volume]]:
     found = []
     for sequence, tensor, time, bf16, settings in cases:
         on = grid.arranged(sequence=sequence, tensor=tensor)
-        model, _, _ = build_model(config_of(**settings), on, seed=0, sequence_length=time)
+        of_model = {key: value for key, value in settings.items() if key != "sharded_norms"}
+        parallel = ParallelConfig(
+            sequence=sequence, tensor=tensor, sequence_sharded_norms=settings.get("sharded_norms", False)
+        )
+        model, _, _ = build_model(config_of(**of_model), on, seed=0, sequence_length=time, parallel=parallel)
         tokens = torch.randint(0, 61, (ROWS, time // sequence), generator=torch.Generator().manual_seed(grid.rank))
         first = on.axes["sequence"].index * time // sequence
         positions = torch.arange(first, first + time // sequence).expand(ROWS, -1)
@@ -45,8 +51,9 @@ def measured(grid: Grid, cases: list[Case]) -> list[dict[Key, Volume]]:
 def derived(rank: int, case: Case, found: dict[Key, Volume]) -> dict[Key, Volume]:
     """The formulas, with as many corrections as the nonlinear recurrence made."""
     sequence, tensor, time, bf16, settings = case
+    of_model = {key: value for key, value in settings.items() if key != "sharded_norms"}
     with torch.device("meta"):
-        model = LM(config_of(**settings))
+        model = LM(config_of(**of_model))
     layer = model.config.layers.index("paralstm")
     gathers = found.get(Key(f"blocks.{layer}", "sequence", "all_gather"), Volume(2, 0)).calls
     split = Split(
@@ -56,6 +63,7 @@ def derived(rank: int, case: Case, found: dict[Key, Volume]) -> dict[Key, Volume
         tensor=tensor,
         index=rank // tensor % sequence,
         narrow=2 if bf16 else 4,
+        sharded_norms=settings.get("sharded_norms", False),
         corrections=gathers - 1,
     )
     assert 1 <= split.corrections <= sequence
@@ -75,10 +83,25 @@ FILTERS: dict[str, Any] = {
     [
         (
             2,
-            [(2, 1, 24, False, {}), (2, 1, 24, True, SETTINGS), (1, 2, 24, False, FILTERS), (1, 2, 24, True, SETTINGS)],
+            [
+                (1, 2, 24, True, SETTINGS | {"sharded_norms": True}),
+                (2, 1, 24, False, {}),
+                (2, 1, 24, True, SETTINGS),
+                (1, 2, 24, False, FILTERS),
+                (1, 2, 24, True, SETTINGS),
+            ],
         ),
         (3, [(3, 1, 24, False, WITHOUT)]),
-        (4, [(4, 1, 24, False, {}), (2, 2, 24, True, WITHOUT), (1, 4, 24, False, {}), (1, 2, 24, False, {})]),
+        (
+            4,
+            [
+                (2, 2, 24, False, WITHOUT | {"sharded_norms": True}),
+                (4, 1, 24, False, {}),
+                (2, 2, 24, True, WITHOUT),
+                (1, 4, 24, False, {}),
+                (1, 2, 24, False, {}),
+            ],
+        ),
     ],
 )
 def test_what_is_sent_equals_its_formulas(ranks: Any, size: int, cases: list[Case]) -> None:
@@ -119,3 +142,9 @@ def test_the_figures_of_the_presets_in_the_documentation() -> None:
 
 def test_one_rank_sends_nothing() -> None:
     assert traffic_of(LM(config_of(EVERY_MIXER)), Split(rows=ROWS, time=24)) == {}
+
+
+def test_the_log_tells_calls_and_bytes_of_axis_and_operation() -> None:
+    layers = {Key(f"blocks.{i}", "tensor", "all_reduce"): Volume(2, 1000) for i in range(3)}
+    told = summary(layers | {Key("blocks.0", "sequence", "send"): Volume(1, 8)})
+    assert told == "sequence send: 1 calls, 8 bytes; tensor all_reduce: 6 calls, 3,000 bytes"

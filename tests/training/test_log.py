@@ -17,7 +17,7 @@ def run_directory(tmp_path: Path) -> Path:
 def test_metrics_events_and_text_are_on_disk_at_once(tmp_path: Path) -> None:
     log = RunLog(run_directory(tmp_path), active=True, total_steps=3)
     log.metrics({"step": 1, "loss": 2.5})
-    log.progress(2.5, 100.0)
+    log.progress(1, 2.5, 100.0)
     log.event(1, "saved", "somewhere")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 1, "loss": 2.5}, {"step": 1, "event": "saved", "detail": "somewhere"}]
@@ -39,7 +39,7 @@ def test_a_torn_line_stays_alone(tmp_path: Path) -> None:
 def test_an_inactive_rank_writes_nothing(tmp_path: Path) -> None:
     log = RunLog(tmp_path / "run", active=False, total_steps=3)
     log.metrics({"step": 1})
-    log.progress(1.0, 1.0)
+    log.progress(1, 1.0, 1.0)
     log.event(1, "saved")
     log.close()
     assert not (tmp_path / "run").exists()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from training.metrics import module_metrics
+from training.metrics import largest, module_metrics
 
 
 class Told(nn.Module):
@@ -26,3 +26,10 @@ def test_the_largest_of_all_modules_counts() -> None:
 
 def test_nothing_to_tell() -> None:
     assert module_metrics(nn.Linear(2, 2)) == {}
+
+
+def test_the_largest_figure_of_any_rank_counts():
+    assert largest([{"residual": 1e-7, "corrections": 2.0}, {}, {"residual": 3e-7}]) == {
+        "residual": 3e-7,
+        "corrections": 2.0,
+    }

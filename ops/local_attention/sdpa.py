@@ -1,11 +1,12 @@
-"""local_attention in blocks of C >= W queries, each of which sees its own block of keys and the one before."""
+"""local_attention through torch's scaled_dot_product_attention, in blocks of C >= W queries, each of which sees its
+own block of keys and the one before."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ops.attention.chunked import masked_attention, sdpa
 from ops.attention.inputs import State, prepend
+from ops.attention.sdpa import masked_attention, sdpa
 from ops.layout import Layout
 
 # Below this many queries a block's matrix products are too small to be fast.
