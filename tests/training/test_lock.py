@@ -122,6 +122,7 @@ def owner(**changes: object) -> dict[str, object]:
         owner(pid=os.getpid()),  # the number came again
         owner(host="elsewhere", job="4711"),  # an earlier start of this job
     ],
+    ids=["gone", "number came again", "earlier start"],
 )
 def test_what_a_dead_process_left_behind_is_taken_over(
     no_flock: None, tmp_path: Path, content: dict, monkeypatch: pytest.MonkeyPatch
@@ -144,6 +145,7 @@ def test_what_a_dead_process_left_behind_is_taken_over(
         (owner(host="elsewhere", job="4711", restart="1"), "process "),
         ({}, "a process that has not said which"),
     ],
+    ids=["running", "start unknown", "another job", "this start", "empty"],
 )
 def test_what_may_still_be_held_is_not(
     no_flock: None, tmp_path: Path, content: dict, who: str, monkeypatch: pytest.MonkeyPatch
