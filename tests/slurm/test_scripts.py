@@ -19,7 +19,10 @@ ASSETS = ROOT / "tests" / "assets"
 STEPS = 40
 PLAIN = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no Slurm can be started here: {missing()}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(missing() is not None, reason=f"no Slurm can be started here: {missing()}"),
+]
 
 
 @pytest.fixture(scope="module")
