@@ -8,19 +8,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import torch
-
 from configs.schema import RunConfig, dump_config, load_config
 from data.loader import check_batch
-from parallel.grid import Grid
+from parallel.axes import axis_sizes
 
 
 def check_ranks(run: RunConfig, ranks: int) -> None:
     """Raises ValueError unless `ranks` processes can share the run's axes and its batch."""
     split = run.parallel
-    one = Grid(rank=0, world_size=ranks, local_rank=0, device=torch.device("cpu"))
-    grid = one.arranged(pipeline=split.pipeline, sequence=split.sequence, tensor=split.tensor)
-    check_batch(run.train.batch_size, run.train.micro_batch_size, grid.dp_size)
+    sizes = axis_sizes(ranks, pipeline=split.pipeline, sequence=split.sequence, tensor=split.tensor)
+    check_batch(run.train.batch_size, run.train.micro_batch_size, sizes["data"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

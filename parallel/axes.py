@@ -53,6 +53,22 @@ class Axis:
         return Axis(self.name, self.index - first, self.ranks[first : first + length])
 
 
+def axis_sizes(world_size: int, *, pipeline: int, sequence: int, tensor: int) -> dict[str, int]:
+    """Ranks along each axis by name, the data axis taking what the other three leave.
+
+    Raises:
+        ValueError: the ranks do not divide by the three.
+    """
+    taken = pipeline * sequence * tensor
+    if world_size % taken:
+        fitting = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+        raise ValueError(
+            f"parallel.pipeline x parallel.sequence x parallel.tensor: {pipeline} x {sequence} x {tensor}; must divide "
+            f"the {world_size} ranks: choose a product among {fitting}, or start a multiple of {taken} ranks"
+        )
+    return {"pipeline": pipeline, "data": world_size // taken, "sequence": sequence, "tensor": tensor}
+
+
 def make_axes(rank: int, sizes: dict[str, int]) -> dict[str, Axis]:
     """The axes of `rank` in a grid of `sizes` (by AXES), and two that span several: `replicas`, data and sequence, over
     which parameters are replicated and gradients averaged; and `stage`, all ranks of this one's pipeline stage."""

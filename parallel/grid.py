@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.axes import AXES, Axis, connect, make_axes
+from parallel.axes import AXES, Axis, axis_sizes, connect, make_axes
 
 T = TypeVar("T")
 
@@ -46,15 +46,7 @@ class Grid:
         Raises:
             ValueError: the ranks do not divide by the three; on all ranks, before anything is exchanged.
         """
-        product = pipeline * sequence * tensor
-        if self.world_size % product:
-            fitting = ", ".join(str(n) for n in range(1, self.world_size + 1) if self.world_size % n == 0)
-            raise ValueError(
-                f"parallel.pipeline x parallel.sequence x parallel.tensor: {pipeline} x {sequence} x {tensor}; must "
-                f"divide the {self.world_size} ranks: choose a product among {fitting}, or start a multiple of "
-                f"{product} ranks"
-            )
-        sizes = {"pipeline": pipeline, "sequence": sequence, "tensor": tensor, "data": self.world_size // product}
+        sizes = axis_sizes(self.world_size, pipeline=pipeline, sequence=sequence, tensor=tensor)
         connect(sizes)
         return dataclasses.replace(self, axes=make_axes(self.rank, sizes))
 

@@ -1,7 +1,7 @@
 """Matrix products in bf16, over slices and over heads: the curve of one process in fp32.
 
-One process under bf16 is no yardstick for others: of these five steps it is 2.1e-2 from fp32 in the norm of one
-gradient, as far as from ranks that are right.
+The delta rule's keys are 32 wide: over 4 features a normalised key can be close to zero before it is normalised, where
+its gradient, and with it the norm, is anybody's (up to 0.2 from fp32 in one process; 3e-3 at 32).
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from tests.parallel.test_topologies import ROWS, STEPS, train
 from tests.parallel.tiny import OPTIMIZER
 from training.config import Precision
 
-TOLERANCE = 2e-2
+TOLERANCE = 1e-2
 Curve = list[tuple[float, float, float, int]]
 
 
@@ -25,7 +25,8 @@ def curve(grid: Grid, sequence: int, tensor: int, precision: Precision) -> Curve
     from parallel.partition import build_model
 
     grid = grid.arranged(sequence=sequence, tensor=tensor)
-    model, _, partition = build_model(config_of(EVERY_MIXER), grid, seed=0, sequence_length=TIME)
+    config = config_of(EVERY_MIXER, changes={"gated_deltanet": {"head_dim": 32}})
+    model, _, partition = build_model(config, grid, seed=0, sequence_length=TIME)
     engine = Engine(
         model,
         grid=grid,
