@@ -29,12 +29,13 @@ from parallel.checkpoint import find_checkpoint, load_checkpoint
 from parallel.engine import StepResult
 from parallel.generation import generating
 from parallel.grid import init_distributed
-from parallel.traffic import counted, summary
+from parallel.traffic import by_layer, counted, summary
 from parallel.watch import Watch, explained
 from parallel.writer import Saved
 from training.ending import FAILED, exit_code
 from training.environment import peak_flops, peak_memory_gb
 from training.health import Health
+from training.log import RunLog
 from training.metrics import largest, module_metrics
 from training.own_time import OwnTime, Stragglers
 from training.progress import Progress
@@ -81,10 +82,11 @@ def train(run: RunConfig) -> int:
     with RunDirectory(run.directory, lead=grid.is_lead) as directory:
         agreed(grid, directory.claim)
         watch.last_words = lambda reason: tell_of_death(directory, grid.rank, reason)
-        with directory.failures_marked():
+        with directory.failures_marked(explain=explained):
             job, progress = assemble(run, grid, directory)
-            with closing(job.log):
-                code = take_steps(job, progress, stop)
+        watch.last_words = lambda reason: tell_of_death(directory, grid.rank, reason, job.log)
+        with closing(job.log), directory.failures_marked(explain=explained, tell=job.log.event):
+            code = take_steps(job, progress, stop)
     stop.close()
     watch.close()
     grid.close()
@@ -111,7 +113,7 @@ def take_steps(job: Job, progress: Progress, stop: StopRequest) -> int:
             result = engine.step(microbatches, lr, stop=stop.requested, accept=health.accepts)
         seconds, stopping = time.perf_counter() - start, result.stop
         if traffic is not None:
-            log.event(progress.step + 1, "traffic", summary(traffic.volumes))
+            log.event(progress.step + 1, "traffic", summary(traffic.volumes), layers=by_layer(traffic.volumes))
         step, problem = progress.step + 1, health.problem(result.loss, result.grad_norm)
         if result.accepted:
             health.made(result.loss, result.grad_norm)
@@ -145,11 +147,13 @@ def take_steps(job: Job, progress: Progress, stop: StopRequest) -> int:
     return leave(job, progress, stop)
 
 
-def tell_of_death(directory: RunDirectory, rank: int, reason: str) -> None:
+def tell_of_death(directory: RunDirectory, rank: int, reason: str, log: RunLog | None = None) -> None:
     """What is left to say when another rank is found to be gone."""
     directory.end("failed", reason, resumable=True)
     if directory.holds_run:
         dump_stacks(stacks_file(directory.path, rank))
+    if log is not None:
+        log.event(directory.step, "failed", reason)
 
 
 def tell_of_hang(job: Job, what: str) -> None:
@@ -175,7 +179,7 @@ def report_saved(job: Job, stop: StopRequest, complete: list[Saved]) -> None:
     """Tells of the checkpoints that have become complete."""
     for saved in complete:
         stop.saved(saved.seconds)
-        job.log.event(saved.step, "saved", str(saved))
+        job.log.event(saved.step, "saved", str(saved), **saved.figures)
 
 
 def leave_out(job: Job, health: Health, progress: Progress, result: StepResult, problem: str) -> tuple[Progress, bool]:
@@ -201,7 +205,7 @@ def go_back(job: Job, health: Health, progress: Progress) -> Progress:
             f"(samples {left_out}); {way_out}"
         )
     for saved in job.writer.wait():
-        job.log.event(saved.step, "saved", str(saved))
+        job.log.event(saved.step, "saved", str(saved), **saved.figures)
     path, _ = find_checkpoint(job.grid, run.directory / "checkpoints")
     path = path or job.origin
     if path is None:

@@ -173,6 +173,12 @@ class ParallelConfig:
                 f"engine.{path}: {value!r}; its device must be cpu, as checkpoints do not reach state elsewhere; write "
                 "{device: cpu}, or remove it"
             )
+        ratio = value.get("ratio", 1.0)
+        if ratio != 1.0:
+            raise ValueError(
+                f"engine.{path}.ratio: {ratio!r}; must be 1.0, as checkpoints do not reach state that is kept in two "
+                "places; remove it"
+            )
         if self.zero_stage < OFFLOADS[path]:
             raise ValueError(
                 f"engine.{path}: {value!r}; needs zero_stage {OFFLOADS[path]} or higher, and zero_stage is "

@@ -60,6 +60,14 @@ def summary(volumes: dict[Key, Volume]) -> str:
     return "; ".join(found) or "nothing beside the gradients"
 
 
+def by_layer(volumes: dict[Key, Volume]) -> dict[str, dict[str, dict[str, int]]]:
+    """Calls and bytes of each layer, under `axis operation`; as JSON takes it."""
+    layers: dict[str, dict[str, dict[str, int]]] = {}
+    for key, volume in volumes.items():
+        layers.setdefault(key.layer, {})[f"{key.axis} {key.operation}"] = volume._asdict()
+    return layers
+
+
 _counters: list[Traffic] = []
 _layers: list[str] = [""]
 """The layers whose forward pass is running, the innermost last."""

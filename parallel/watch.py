@@ -7,6 +7,7 @@ stack, so that every collective is covered, DeepSpeed's among them. On GPUs kern
 where a rank waits for its device.
 """
 
+import atexit
 import json
 import os
 import sys
@@ -25,6 +26,9 @@ from parallel.grid import Grid
 ROOT = Path(__file__).resolve().parent.parent
 BEATS = 12
 """Words a rank may miss before it counts as dead; after an error in a collective a quarter of them."""
+
+ANSWER = 5.0
+"""Seconds in which the store answers what a thread has asked when its watch is closed."""
 
 _watches: list["Watch"] = []
 
@@ -46,9 +50,11 @@ class Watch:
         self.silence = min(timeout_minutes * 60 / 2, 120.0)
         self.interval = min(self.silence / BEATS, 2.0)
         self.last_words: Callable[[str], None] = lambda reason: None
+        self._explained: tuple[BaseException, str] | None = None
         self._closed = threading.Event()
         self._over = threading.Lock()
         self._beaten = time.monotonic()
+        self._threads: list[threading.Thread] = []
         if self.world_size == 1:
             return
         # A connection of its own: while the main thread waits for the store, it holds the shared one.
@@ -58,23 +64,34 @@ class Watch:
         for thread in self._threads:
             thread.start()
         _watches.append(self)
+        atexit.register(self.close)
 
     def close(self) -> None:
-        """Stops watching; for ranks that are about to end."""
+        """Stops watching; for ranks that are about to end.
+
+        Waits for the threads, as an interpreter that ends while one of them asks the store ends by SIGABRT.
+        """
         self._closed.set()
+        for thread in self._threads:
+            thread.join(ANSWER)
         if self in _watches:
             _watches.remove(self)
+            atexit.unregister(self.close)
 
     def explain(self, error: BaseException) -> str | None:
         """Which rank's death, or absence, made a collective fail with `error`; None if it came from elsewhere.
 
-        Waits until the others had time to give a sign of life.
+        Waits until the others had time to give a sign of life; once for an error, however often it is asked about.
         """
+        if self._explained is not None and self._explained[0] is error:
+            return self._explained[1]
         operation = operation_of(error.__traceback__)
         if operation is None:
             return None
         with self._over:  # nobody else ends the process meanwhile
-            return f"{self._missing()}; {operation} failed: {str(error).splitlines()[0]}"
+            words = f"{self._missing()}; {operation} failed: {str(error).splitlines()[0]}"
+        self._explained = (error, words)
+        return words
 
     def _missing(self) -> str:
         try:

@@ -61,6 +61,8 @@ def test_offloading_needs_a_stage_that_can(path, stage):
         ParallelConfig(zero_stage=stage - 1, engine=kept)
     with pytest.raises(ValueError, match=rf"^engine\.{path}: .*its device must be cpu"):
         ParallelConfig(zero_stage=stage, engine=nested(path, {"device": "nvme"}))
+    with pytest.raises(ValueError, match=rf"^engine\.{path}\.ratio: 0\.5; must be 1\.0"):
+        ParallelConfig(zero_stage=stage, engine=nested(path, {"device": "cpu", "ratio": 0.5}))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from configs.schema import load_config
 from models.lm import LM
 from parallel.config import ParallelConfig
 from parallel.grid import Grid
-from parallel.traffic import Key, Volume, counted, summary
+from parallel.traffic import Key, Volume, by_layer, counted, summary
 from parallel.volume import Split, traffic_of
 from tests.parallel.mixed import EVERY_MIXER, config_of, loss_of
 
@@ -144,7 +144,10 @@ def test_one_rank_sends_nothing() -> None:
     assert traffic_of(LM(config_of(EVERY_MIXER)), Split(rows=ROWS, time=24)) == {}
 
 
-def test_the_log_tells_calls_and_bytes_of_axis_and_operation() -> None:
-    layers = {Key(f"blocks.{i}", "tensor", "all_reduce"): Volume(2, 1000) for i in range(3)}
-    told = summary(layers | {Key("blocks.0", "sequence", "send"): Volume(1, 8)})
-    assert told == "sequence send: 1 calls, 8 bytes; tensor all_reduce: 6 calls, 3,000 bytes"
+def test_the_log_tells_calls_and_bytes_by_axis_operation_and_layer() -> None:
+    volumes = {Key(f"blocks.{i}", "tensor", "all_reduce"): Volume(2, 1000) for i in range(3)}
+    volumes[Key("blocks.0", "sequence", "send")] = Volume(1, 8)
+    assert summary(volumes) == "sequence send: 1 calls, 8 bytes; tensor all_reduce: 6 calls, 3,000 bytes"
+    reduced = {"tensor all_reduce": {"calls": 2, "bytes": 1000}}
+    first = reduced | {"sequence send": {"calls": 1, "bytes": 8}}
+    assert by_layer(volumes) == {"blocks.0": first, "blocks.1": reduced, "blocks.2": reduced}

@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,3 +74,35 @@ def test_the_other_ends_and_names_rank_and_operation(
     assert survivor.exitcode not in (None, 0), "it ended by itself, as failed"
     said = (tmp_path / f"said_{1 - victim}").read_text(encoding="utf-8")
     assert re.search(message, said), said
+
+
+ENDS_WHILE_ASKING = """
+import sys, time
+from unittest import mock
+
+import torch
+from torch.distributed import TCPStore
+
+from parallel.grid import Grid
+from parallel.watch import Watch
+
+store = TCPStore("127.0.0.1", 0, 1, is_master=True)
+grid = Grid(rank=0, world_size=2, local_rank=0, device=torch.device("cpu"), axes={"data": None})
+with mock.patch("torch.distributed.distributed_c10d._get_default_store", return_value=store):
+    watch = Watch(grid, timeout_minutes=60.0)
+watch.interval, watch.silence = 1e-6, 1e9
+if sys.argv[1] == "left open":
+    __import__("atexit").unregister(watch.close)
+time.sleep(2.5)
+"""
+
+
+def endings(watch: str) -> list[int]:
+    command = [sys.executable, "-c", ENDS_WHILE_ASKING, watch]
+    return [subprocess.run(command, cwd=ROOT, stderr=subprocess.DEVNULL, check=False).returncode for _ in range(8)]
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_while_its_watch_asks_the_store_is_not_aborted() -> None:
+    assert set(endings("closed at exit")) == {0}
+    assert -signal.SIGABRT in endings("left open")
