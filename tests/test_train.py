@@ -20,9 +20,11 @@ import data.prepare
 import ops
 import train
 from models.checkpoint import list_checkpoints, read_meta, read_weights
+from tests.forked_train import ForkedTrain
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "tests" / "assets"
+TrainOn = Callable[..., ForkedTrain]
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
@@ -40,24 +42,30 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "corpus"
 
 
-def command(corpus: Path, runs: Path, *overrides: str, ranks: int | None = None) -> list[str]:
-    launcher = [sys.executable]
-    if ranks is not None:
-        launcher += [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(ranks),
-            "--max-restarts",
-            "1",
-        ]
+def arguments(corpus: Path, runs: Path, *overrides: str) -> list[str]:
+    """Of `train.py`."""
     paths = [f"log.directory={runs}", f"data.corpora=[{{path: {corpus}}}]"]
-    return [*launcher, "train.py", str(ASSETS / "tiny.yaml"), *paths, *overrides]
+    return [str(ASSETS / "tiny.yaml"), *paths, *overrides]
 
 
-def run(arguments: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
+def command(*of_train: str, ranks: int | None = None, restarts: int = 0) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    launcher += [f"--max-restarts={restarts}"]
+    return [sys.executable, *(launcher if ranks else []), "train.py", *of_train]
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
+
+
+@pytest.fixture
+def train_on(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainOn:
+    """`train_on(runs, *overrides)`: train.py to its end."""
+
+    def to_its_end(runs: Path, *overrides: str) -> ForkedTrain:
+        return ForkedTrain(arguments(corpus, runs, *overrides), tmp_path_factory.mktemp("said")).wait(timeout=180)
+
+    return to_its_end
 
 
 def metrics(directory: Path) -> list[dict[str, Any]]:
@@ -75,7 +83,7 @@ def events(directory: Path) -> list[tuple[str, int]]:
     return [(row["event"], row["step"]) for row in metrics(directory) if "event" in row]
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 120.0) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen | ForkedTrain, seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, f"ended early with {process.returncode}"
@@ -85,9 +93,9 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: 
 
 @pytest.fixture(scope="module")
 def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of one whole uninterrupted run in one process."""
+    """The directory of one whole uninterrupted run in one process, as a user starts it."""
     runs = tmp_path_factory.mktemp("runs")
-    done = run(command(corpus, runs))
+    done = run(command(*arguments(corpus, runs)))
     assert done.returncode == 0, done.stderr
     return runs / "tiny"
 
@@ -127,34 +135,36 @@ def test_the_run_directory_explains_itself(finished: Path) -> None:
     assert "flops_per_token" in log
 
 
-def test_resuming_equals_not_stopping_to_the_bit(finished: Path, corpus: Path, tmp_path: Path) -> None:
+def test_resuming_equals_not_stopping_to_the_bit(finished: Path, train_on: TrainOn, tmp_path: Path) -> None:
     copy = tmp_path / "tiny"
     shutil.copytree(finished, copy, symlinks=True)
     shutil.rmtree(copy / "checkpoints" / "step_00000010")
-    done = run(command(corpus, tmp_path))
+    done = train_on(tmp_path)
     assert done.returncode == 0, done.stderr
     assert ("resumed", 5) in events(copy)
     assert curve(copy) == curve(finished)
     resumed, uninterrupted = (read_weights(path / "checkpoints" / "step_00000010") for path in (copy, finished))
     assert resumed.keys() == uninterrupted.keys()
     assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
-    again = run(command(corpus, tmp_path))
+    again = train_on(tmp_path)
     assert again.returncode == 0, again.stderr
     assert len(curve(copy)) == 10
 
 
-def test_so_it_does_with_a_blend_and_whatever_else_the_loop_does(corpus: Path, tmp_path: Path) -> None:
+def test_so_it_does_with_a_blend_and_whatever_else_the_loop_does(
+    corpus: Path, train_on: TrainOn, tmp_path: Path
+) -> None:
     """Eight microbatches a step from two corpora, read ahead; the resumed run also validates and samples."""
     blend = f"data.corpora=[{{path: {corpus}, weight: 2.0}}, {{path: {corpus}, weight: 0.7}}]"
     settings = (blend, "data.prefetch=3", "train.micro_batch_size=1", "checkpoint.every=3", "checkpoint.keep_last=9")
-    whole = run(command(corpus, tmp_path / "whole", *settings, "eval.every=null", "eval.prompts=[]"))
+    whole = train_on(tmp_path / "whole", *settings, "eval.every=null", "eval.prompts=[]")
     assert whole.returncode == 0, whole.stderr
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed", symlinks=True)
     directories = [tmp_path / name / "tiny" for name in ("whole", "resumed")]
     for path in list_checkpoints(directories[1] / "checkpoints")[1:]:
         shutil.rmtree(path)
     (directories[1] / "metrics.jsonl").unlink()
-    resumed = run(command(corpus, tmp_path / "resumed", *settings, "eval.every=2"))
+    resumed = train_on(tmp_path / "resumed", *settings, "eval.every=2")
     assert resumed.returncode == 0, resumed.stderr
     assert ("resumed", 3) in events(directories[1])
     assert sum("val_loss" in row for row in metrics(directories[1])) == 5, "at 4, 6, 8, 10, and all rows at the end"
@@ -175,12 +185,11 @@ def test_the_finished_run_generates_and_exports(finished: Path, tmp_path: Path) 
     assert json.loads((tmp_path / "hf" / "config.json").read_text(encoding="utf-8"))["model_type"] == "recurrent_gemma"
 
 
-def test_a_killed_rank_is_survived(finished: Path, corpus: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_is_survived(corpus: Path, train_on: TrainOn, tmp_path: Path) -> None:
     """Two ranks, one killed: torchrun restarts them, and the curve is the one of a single undisturbed process."""
     length = ("train.steps=60", "train.micro_batch_size=4", "checkpoint.every=15", "eval.every=null", "eval.prompts=[]")
-    process = subprocess.Popen(
-        command(corpus, tmp_path / "killed", *length, ranks=2), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL
-    )
+    on_two = command(*arguments(corpus, tmp_path / "killed", *length), ranks=2, restarts=1)
+    process = subprocess.Popen(on_two, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     directory = tmp_path / "killed" / "tiny"
     wait_for(lambda: ("saved", 15) in events(directory), process)
     ranks = psutil.Process(process.pid).children(recursive=True)
@@ -189,7 +198,7 @@ def test_a_killed_rank_is_survived(finished: Path, corpus: Path, tmp_path: Path)
     names = [name for name, _ in events(directory)]
     assert names.count("started") == names.count("resumed") == 1
     assert names[-1] == "finished"
-    whole = run(command(corpus, tmp_path / "whole", *length))
+    whole = train_on(tmp_path / "whole", *length)
     assert whole.returncode == 0, whole.stderr
     found, expected = curve(directory), curve(tmp_path / "whole" / "tiny")
     assert found.keys() == expected.keys()
@@ -199,11 +208,13 @@ def test_a_killed_rank_is_survived(finished: Path, corpus: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_the_same_command_goes_on(corpus: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_saves_and_the_same_command_goes_on(
+    corpus: Path, train_on: TrainOn, tmp_path: Path, number: signal.Signals
+) -> None:
     """Whatever signals come after the first, until the process is gone."""
-    arguments = command(corpus, tmp_path, "train.steps=100000", "checkpoint.every=100000", "eval.sequences=1")
+    settings = ("train.steps=100000", "checkpoint.every=100000", "eval.sequences=1")
     directory = tmp_path / "tiny"
-    process = subprocess.Popen(arguments, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    process = ForkedTrain(arguments(corpus, tmp_path, *settings), tmp_path / "said")
     wait_for(lambda: len(curve(directory)) >= 3, process)
     process.send_signal(number)
     others = itertools.cycle([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -219,7 +230,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(corpus: Path, tmp_path: Pat
     assert (ending["reason"], ending["detail"], ending["step"]) == ("interrupted", number.name, step)
     assert [read_meta(path)["step"] for path in list_checkpoints(directory / "checkpoints")] == [step]
     if number == signal.SIGTERM:
-        resumed = run([*arguments, f"train.steps={step + 2}"])
+        resumed = train_on(tmp_path, *settings, f"train.steps={step + 2}")
         assert resumed.returncode == 0, resumed.stderr
         assert events(directory)[-1] == ("finished", step + 2)
 
@@ -234,14 +245,17 @@ def test_a_signal_saves_and_the_same_command_goes_on(corpus: Path, tmp_path: Pat
     ],
 )
 def test_bad_input_is_one_line_and_builds_nothing(
-    corpus: Path, tmp_path: Path, overrides: list[str], message: str
+    corpus: Path, train_on: TrainOn, tmp_path: Path, overrides: list[str], message: str
 ) -> None:
     """Also on two ranks, and with nothing else on stderr than what torchrun says of the failure."""
     ranks = 2 if "train.batch_size=6" in overrides else None
-    done = run(command(corpus, tmp_path / "runs", *overrides, ranks=ranks))
+    if ranks is None:
+        done: Any = train_on(tmp_path / "runs", *overrides)
+    else:
+        done = run(command(*arguments(corpus, tmp_path / "runs", *overrides), ranks=ranks))
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
-    assert len(lines) == (1 if ranks is None else 2), "one, and one more for torchrun's restart"
+    assert len(lines) == 1
     assert lines[0].startswith(f"train.py: {message}")
     if ranks is None:
         assert done.stderr.splitlines() == lines
@@ -249,9 +263,11 @@ def test_bad_input_is_one_line_and_builds_nothing(
     assert not (tmp_path / "runs").exists()
 
 
-def test_checkpoints_of_another_model_and_broken_ones_are_refused(finished: Path, corpus: Path, tmp_path: Path) -> None:
+def test_checkpoints_of_another_model_and_broken_ones_are_refused(
+    finished: Path, train_on: TrainOn, tmp_path: Path
+) -> None:
     resume = f"checkpoint.resume={finished}/checkpoints/latest"
-    other = run(command(corpus, tmp_path / "a", "model.mixers.local_attention.window=8", resume))
+    other = train_on(tmp_path / "a", "model.mixers.local_attention.window=8", resume)
     assert other.returncode == 1
     assert "model.mixers.local_attention.window: 8, but" in other.stderr
     assert "Traceback" not in other.stderr
@@ -262,7 +278,7 @@ def test_checkpoints_of_another_model_and_broken_ones_are_refused(finished: Path
     for path in list_checkpoints(copy / "checkpoints"):
         (path / "meta.json").write_text("{}", encoding="utf-8")
     before = (copy / "metrics.jsonl").read_bytes()
-    broken = run(command(corpus, tmp_path))
+    broken = train_on(tmp_path)
     assert broken.returncode == 1
     assert broken.stderr.count("skipped") == 2
     assert "no checkpoint is whole; restore one, or remove the directory" in broken.stderr
@@ -275,28 +291,30 @@ def test_checkpoints_of_another_model_and_broken_ones_are_refused(finished: Path
         ),
         ("train.steps=8", "train.steps: 8, but"),
     ]:
-        refused = run(command(corpus, finished.parent, override, "optimizer.schedule.warmup_steps=0"))
+        refused = train_on(finished.parent, override, "optimizer.schedule.warmup_steps=0")
         assert refused.returncode == 1
         assert message in refused.stderr
 
 
-def test_a_run_begun_from_another_checkpoint_goes_on_from_its_own(finished: Path, corpus: Path, tmp_path: Path) -> None:
+def test_a_run_begun_from_another_checkpoint_goes_on_from_its_own(
+    finished: Path, train_on: TrainOn, tmp_path: Path
+) -> None:
     """`checkpoint.resume=PATH` starts an empty run, and destroys nothing when the command is given again."""
     first = finished / "checkpoints" / "step_00000005"
-    arguments = command(corpus, tmp_path, "name=branch", f"checkpoint.resume={first}")
-    begun = run([*arguments, "train.steps=7"])
+    branch = ("name=branch", f"checkpoint.resume={first}")
+    begun = train_on(tmp_path, *branch, "train.steps=7")
     assert begun.returncode == 0, begun.stderr
-    again = run([*arguments, "train.steps=8"])
+    again = train_on(tmp_path, *branch, "train.steps=8")
     assert again.returncode == 0, again.stderr
     resumed = [row for row in metrics(tmp_path / "branch") if row.get("event") == "resumed"]
     assert [row["step"] for row in resumed] == [5, 7]
     assert curve(tmp_path / "branch")[6][0] == pytest.approx(curve(finished)[6][0], rel=1e-6)
 
 
-def test_logged_steps_tell_how_nonlinear_recurrences_were_solved(corpus: Path, tmp_path: Path) -> None:
+def test_logged_steps_tell_how_nonlinear_recurrences_were_solved(train_on: TrainOn, tmp_path: Path) -> None:
     rows = "train.batch_size=1", "train.micro_batch_size=1", "data.sequence_length=512", "eval.every=9"
     layers = "model.layers=[paralstm, paralstm]", "model.mixers={paralstm: {width: 32}}"
-    result = run(command(corpus, tmp_path, *layers, *rows, "train.steps=3", "log.every=2", "eval.prompts=[]"))
+    result = train_on(tmp_path, *layers, *rows, "train.steps=3", "log.every=2", "eval.prompts=[]")
     assert result.returncode == 0, result.stderr
     logged = [row for row in metrics(tmp_path / "tiny") if "loss" in row]
     assert [row["step"] for row in logged] == [2, 3]
@@ -313,6 +331,5 @@ def test_values_are_checked_on_request(
     """A decay above 1, where a run would otherwise go on until its loss is no number."""
     x = torch.ones(1, 2, 3)
     monkeypatch.setattr(train, "train", lambda run: ops.linear_scan(x, x) and 0)
-    arguments = command(corpus, tmp_path, f"train.check_values={str(checked).lower()}")
-    assert train.main(arguments[2:]) == checked
+    assert train.main(arguments(corpus, tmp_path, f"train.check_values={str(checked).lower()}")) == checked
     assert ("log_decay has a value of 1.0; must be <= 0" in capsys.readouterr().err) == checked

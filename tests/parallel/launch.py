@@ -16,10 +16,19 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from typing import Any
 from unittest import mock
 
 CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+
+def server() -> ForkServerContext:
+    """Forks processes that have imported what trains."""
+    context = multiprocessing.get_context("forkserver")
+    # The second is what DeepSpeed imports when an engine is built, three seconds of torch.compile.
+    context.set_forkserver_preload(["train", "deepspeed.runtime.zero.muon.original_muon"])
+    return context
 
 
 class Ranks:
@@ -31,9 +40,7 @@ class Ranks:
     """
 
     def __init__(self, size: int, env: dict[str, str] | None = None) -> None:
-        context = multiprocessing.get_context("forkserver")
-        # The second is what DeepSpeed imports when an engine is built, three seconds of torch.compile.
-        context.set_forkserver_preload(["parallel.checkpoint", "deepspeed.runtime.zero.muon.original_muon"])
+        context = server()
         port = _free_port()
         self._connections: list[Connection] = []
         self.processes = []
