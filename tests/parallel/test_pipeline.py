@@ -233,6 +233,7 @@ def go_on(grid: Grid, directory: Path, pairs: list[tuple[Split, Split]]) -> list
     return found
 
 
+@pytest.mark.slow
 def test_checkpoints_move_between_stages_and_any_other_split(
     ranks: Any, reference: tuple[Curve, dict[str, Tensor]], tmp_path: Path
 ) -> None:

@@ -134,6 +134,7 @@ def resume(grid: Grid, directory: Path, pairs: list[tuple[Split, Split]]) -> lis
     return results
 
 
+@pytest.mark.slow
 def test_checkpoints_move_between_topologies(ranks: Any, reference: list[tuple], tmp_path: Path) -> None:
     slices, heads = (1, 2, 1), (2, 1, 2)
     ranks(2).run(save, directory=tmp_path, splits=[slices, heads])

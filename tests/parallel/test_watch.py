@@ -50,14 +50,13 @@ def training(tmp_path: Path) -> Iterator[Ranks]:
 
 CASES = [
     (1, signal.SIGKILL, r"rank 1 gives no sign of life, last seen .*; \w+ at parallel/\S+ .* failed: "),
-    (1, signal.SIGSTOP, r"rank 1 gave no sign of life for 6 s, last seen .*; this rank was in \w+ at parallel/"),
-    pytest.param(
-        *(0, signal.SIGKILL, r"the store of the job is gone, .*; \w+ at parallel/\S+ .* failed: "),
-        marks=pytest.mark.slow,
-    ),
-    pytest.param(
-        *(0, signal.SIGSTOP, r"store of the job gave no answer for 6 s: rank 0 .*; this rank was in \w+ at parallel/"),
-        marks=pytest.mark.slow,
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            (1, signal.SIGSTOP, r"rank 1 gave no sign of life for 6 s, last seen .*; this rank was in \w+ at "),
+            (0, signal.SIGKILL, r"the store of the job is gone, .*; \w+ at parallel/\S+ .* failed: "),
+            (0, signal.SIGSTOP, r"store of the job gave no answer for 6 s: rank 0 .*; this rank was in \w+ at "),
+        )
     ),
 ]
 

@@ -77,6 +77,7 @@ def test_the_curve_of_one_process(
             assert_same_curve(found, reference)
 
 
+@pytest.mark.slow
 def test_a_run_repeats_to_the_bit(ranks: Any) -> None:
     case: Case = (3, 1, 2, ("moments",))
     for first, second in ranks(2).run(curves, cases=[case, case], steps=range(3)):
@@ -86,7 +87,7 @@ def test_a_run_repeats_to_the_bit(ranks: Any) -> None:
 def test_bf16_products_are_the_same_under_every_stage(ranks: Any) -> None:
     """DeepSpeed's own bf16 takes another optimizer without ZeRO; autocast over fp32 parameters takes the same."""
     cases: list[Case] = [(stage, 1, 1, ()) for stage in (0, 1, 2, 3)]
-    first, *others = ranks(2).run(curves, cases=cases, precision="bf16", steps=range(3))[0]
+    first, *others = ranks(2).run(curves, cases=cases, precision="bf16", steps=range(2))[0]
     for other in others:
         assert_same_curve(other, first)
 
@@ -168,6 +169,7 @@ def resume(grid: Grid, directory: Path, pairs: list[tuple[Case, Case]]) -> list[
     return results
 
 
+@pytest.mark.slow
 def test_checkpoints_move_between_stages(ranks: Any, reference: list[tuple], tmp_path: Path) -> None:  # noqa: F811
     scattered: Case = (3, 1, 1, ())
     off: Case = (2, 1, 2, ("moments",))
