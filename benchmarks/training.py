@@ -16,6 +16,7 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -185,7 +186,7 @@ def measure(family: str, contenders: list[Contender], scale: Scale, length: int,
     device = next(ours.model.parameters()).device
     tokens = scale.sweep_tokens if checkpointed else scale.tokens
     generator = torch.Generator(device).manual_seed(0)
-    vocabulary = ours.model.config.vocab_size  # type: ignore[union-attr]
+    vocabulary: Any = ours.model.config.vocab_size  # type: ignore[union-attr]
     input_ids = torch.randint(vocabulary, (tokens // length, length), generator=generator, device=device)
     seconds: dict[str, list[float]] = {each.name: [] for each in contenders}
     peaks: dict[str, float | None] = {}
@@ -194,7 +195,7 @@ def measure(family: str, contenders: list[Contender], scale: Scale, length: int,
         peaks[each.name] = _peak_gb(each, input_ids)
     for _ in range(scale.rounds):
         for each in contenders:
-            seconds[each.name].append(timed(lambda each=each: each.step(input_ids), device))
+            seconds[each.name].append(timed(partial(each.step, input_ids), device))
     peak = peak_flops(device)
     figures = []
     for each in contenders:
