@@ -21,6 +21,7 @@ from ops import (
     gated_linear_attention,
     linear_cross_entropy,
     linear_scan,
+    local_attention,
     rms_norm,
     rotary,
 )
@@ -69,7 +70,7 @@ def cases(device: torch.device, shapes: Shapes) -> list[Case]:
         *(delta_rule(draw, batch, time, heads, keys, values, peers) for values in (keys, 2 * keys)),
         *(lstm(device, batch, time, channels) for channels in shapes.cells),
         gru(device, batch, time, shapes.cells[-1]),
-        full_attention(draw, batch, time, heads, keys, peers),
+        *(softmax_attention(draw, batch, time, heads, keys, window, peers) for window in (None, time // 4)),
         convolution(draw, batch, time, shapes.width, peers),
         norm(draw, batch * time, shapes.width, peers),
         rotation(draw, batch, time, heads, keys, peers),
@@ -159,21 +160,28 @@ def gru(device: torch.device, batch: int, time: int, width: int) -> Case:
     inputs = Inputs(device, torch.float32).gru(batch, time, width)
     works = work.diagonal_gru(batch * time * width, FP32)
     name = f"diagonal_gru B{batch} T{time} D{width} fp32"
-    return case(name, diagonal_gru, inputs, works, {}, tolerance=FP32_TOLERANCE)
+    others = {"sequential": form(diagonal_gru, "triton", segments=1)}
+    return case(name, diagonal_gru, inputs, works, others, tolerance=FP32_TOLERANCE)
 
 
-def full_attention(draw: Inputs, batch: int, time: int, heads: int, width: int, peers: bool) -> Case:
-    """Grouped queries, 4 heads a key. No kernel of it is ours: "sdpa" is what `auto` takes on an unmeasured device."""
+def softmax_attention(
+    draw: Inputs, batch: int, time: int, heads: int, width: int, window: int | None, peers: bool
+) -> Case:
+    """Full or local. Grouped queries, 4 heads a key. No kernel of it is ours: "sdpa" is what `auto` takes on an
+    unmeasured device."""
     groups = max(1, heads // 4)
+    seen = time if window is None else window
+    pairs = batch * (seen * (seen + 1) // 2 + (time - seen) * seen)
+    op, options = (attention, {}) if window is None else (local_attention, {"window": window})
     names = ["sdpa", "chunked"]
     if peers:
         names += ["flex", "fla", *(["flash_attn"] if find_spec("flash_attn") else [])]
-    forward, backward = work.attention(batch * time * (time + 1) // 2, batch * time, groups, heads, width, BF16)
+    forward, backward = work.attention(pairs, batch * time, groups, heads, width, BF16)
     return Case(
-        name=f"attention B{batch} T{time} H{heads} G{groups} K{width}",
+        name=f"{op.__name__} B{batch} T{time} H{heads} G{groups} K{width}" + (f" W{window}" if window else ""),
         inputs=draw.attention(batch, time, heads, groups, width),
-        oracle=form(attention, "chunked"),
-        contenders={name: form(attention, name) for name in names},
+        oracle=form(op, "chunked", **options),
+        contenders={name: form(op, name, **options) for name in names},
         tolerance=BF16_TOLERANCE,
         forward=forward,
         backward=backward,

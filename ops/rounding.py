@@ -1,9 +1,16 @@
-"""Rounding of what Triton kernels store, the same compiled and interpreted."""
+"""The dtypes of Triton kernels, and the rounding of what they store, the same compiled and interpreted."""
 
+import torch
 import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+TYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
 
 
 @triton.jit

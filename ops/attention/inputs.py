@@ -17,7 +17,7 @@ def check_inputs(op: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None
     batch, time, heads, width = q.shape
     groups = k.shape[2]
     if heads % groups:
-        raise ValueError(f"{op}: k has {groups} heads; must divide the {heads} heads of q")
+        raise ValueError(f"{op}: k has {groups} heads; must divide the {heads} heads of q: repeat the heads of k and v")
     check_shape(op, "k", k, "B T G K", batch, time, groups, width)
     check_shape(op, "v", v, "B T G K", batch, time, groups, width)
     if state is not None:

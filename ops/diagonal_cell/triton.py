@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ops.diagonal_cell.defaults import MAX_CORRECTIONS, TOLERANCE
@@ -31,7 +30,7 @@ from ops.diagonal_cell.triton_backward import adjoint, carry
 from ops.diagonal_cell.triton_forward import correct, run, sweep
 from ops.layout import Layout
 from ops.precision import accumulation_dtype
-from ops.rounding import INTERPRETED
+from ops.rounding import INTERPRETED, TYPES
 
 NUM_GATES = 3
 # A program is one warp, as 16,384 channels are no more than a warp a scheduler. What a program of the interpreter costs
@@ -47,8 +46,6 @@ AHEAD_SEGMENTS = 4 if INTERPRETED else 8
 # passes over segments.
 FULL, THREADS = 2**12, 2**16
 MIN_SEGMENTS, MIN_LENGTH = 8, 64
-
-_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 class Cell(NamedTuple):
@@ -216,7 +213,7 @@ class TritonForm:
             "NUM_GATES": NUM_GATES,
             "NUM_WEIGHTS": self.cell.num_weights,
             "AHEAD": AHEAD_FORWARD,
-            "DTYPE": _DTYPES[weights.dtype],
+            "DTYPE": TYPES[weights.dtype],
         }
         with torch.cuda.device_of(gates):
             starts, rounds = initial, None
@@ -314,7 +311,7 @@ class TritonForm:
             "NUM_WEIGHTS": self.cell.num_weights,
             "NUM_KEPT": kept.shape[2],
             "AHEAD": AHEAD_BACKWARD,
-            "DTYPE": _DTYPES[weights.dtype],
+            "DTYPE": TYPES[weights.dtype],
         }
         with torch.cuda.device_of(gates):
             ends = dstate

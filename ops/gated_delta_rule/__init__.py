@@ -50,10 +50,10 @@ def gated_delta_rule(
     check_dim(op, "q", q, "B T H K")
     check_shape(op, "k", k, "B T H K", *q.shape)
     check_inputs(op, k, v, log_decay, beta, layout)
-    key_dim = q.shape[3]
-    check_shape(op, "initial_state", initial_state, "B HV K V", v.shape[0], v.shape[2], key_dim, v.shape[3])
+    batch, _, value_heads, values = v.shape
+    check_shape(op, "initial_state", initial_state, "B HV K V", batch, value_heads, q.shape[3], values)
     check_floating(op, q=q, initial_state=initial_state)
-    scale = key_dim**-0.5 if scale is None else scale
+    scale = q.shape[3] ** -0.5 if scale is None else scale
     chosen = resolve_impl(op, impl, q.device.type)
     module: Any = {"chunked": chunked, "reference": reference}.get(chosen)
     if chosen == "triton":

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ops.layout import Layout
 from ops.precision import accumulation_dtype
-from ops.sequences import sequences_of
+from ops.sequences import run_recurrence
 
 MAX_KEY_DIM = 256
 
@@ -36,21 +36,6 @@ def gated_delta_rule(
         raise ValueError(
             f"gated_delta_rule: q has K = {q.shape[3]} features; 'fla' takes at most {MAX_KEY_DIM}: choose 'chunked'"
         )
-    inputs = q.to(v.dtype), k.to(v.dtype), v, log_decay, beta
-    state = None if initial_state is None else initial_state.float()
-    options = {"scale": scale, "output_final_state": True}
-    if layout is None:
-        o, state = chunk_gated_delta_rule(*inputs, initial_state=state, **options)
-        return o.to(v.dtype), state
-    sequences = layout.derive(sequences_of)
-    if state is not None:
-        state = state.masked_fill((layout.positions[:, 0] == 0)[:, None, None, None], 0)
-        every = state.new_zeros(len(sequences.borders) - 1, *state.shape[1:])
-        state = every.index_copy(0, sequences.first, state)
-    o, states = chunk_gated_delta_rule(
-        *(z.flatten(0, 1).unsqueeze(0) for z in inputs),
-        initial_state=state,
-        cu_seqlens=sequences.borders,
-        **options,
-    )
-    return o.view(v.shape).to(v.dtype), states[sequences.last]
+    tensors = q.to(v.dtype), k.to(v.dtype), v, log_decay, beta
+    o, state = run_recurrence(chunk_gated_delta_rule, *tensors, layout=layout, initial_state=initial_state, scale=scale)
+    return o.to(v.dtype), state

@@ -19,6 +19,8 @@ def check_inputs(op: str, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor,
     check_floating(op, k=k, v=v, log_decay=log_decay, beta=beta)
     check_layout(op, layout, batch, time)
     if value_heads % heads:
-        raise ValueError(f"{op}: v has HV = {value_heads} heads; must be a multiple of k's H = {heads}")
+        raise ValueError(
+            f"{op}: v has HV = {value_heads} heads; must be a multiple of k's H = {heads}: repeat those of q and k"
+        )
     check_log_decay(op, log_decay)
     check_strength(op, k, beta)

@@ -9,20 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ops.gated_delta_rule import triton_backward, triton_forward
 from ops.layout import Layout
 from ops.precision import accumulation_dtype
+from ops.rounding import TYPES
 
 MAX_KEY_DIM = 256
-TYPES = {
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
 
 
 class Sizes(NamedTuple):

@@ -4,8 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ops.check import check_dim, check_floating, check_layout, check_log_decay, check_shape
+from ops.check import check_dim, check_floating, check_shape
 from ops.gated_linear_attention import chunked, reference
+from ops.gated_linear_attention.inputs import check_inputs
 from ops.gated_linear_attention.summary import gated_linear_attention_summary
 from ops.impl import resolve_impl
 from ops.layout import Layout
@@ -41,16 +42,11 @@ def gated_linear_attention(
     """
     op = "gated_linear_attention"
     check_dim(op, "q", q, "B T H K")
-    check_dim(op, "v", v, "B T H V")
-    batch, time, heads, keys = q.shape
-    values = v.shape[-1]
-    check_shape(op, "k", k, "B T H K", batch, time, heads, keys)
-    check_shape(op, "v", v, "B T H V", batch, time, heads, values)
-    check_shape(op, "log_decay", log_decay, "B T H K", batch, time, heads, keys)
-    check_shape(op, "initial_state", initial_state, "B H K V", batch, heads, keys, values)
-    check_floating(op, q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
-    check_layout(op, layout, batch, time)
-    check_log_decay(op, log_decay)
+    check_shape(op, "k", k, "B T H K", *q.shape)
+    check_inputs(op, k, v, log_decay, layout)
+    batch, _, heads, keys = q.shape
+    check_shape(op, "initial_state", initial_state, "B H K V", batch, heads, keys, v.shape[3])
+    check_floating(op, q=q, initial_state=initial_state)
     scale = keys**-0.5 if scale is None else scale
     chosen = resolve_impl(op, impl, q.device.type)
     module: Any = {"chunked": chunked, "reference": reference}.get(chosen)

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ops.affine import Affine
-from ops.check import check_dim, check_floating, check_layout, check_log_decay, check_shape
+from ops.gated_linear_attention.inputs import check_inputs
 from ops.layout import Layout
 from ops.precision import accumulation_dtype, without_autocast
 
@@ -21,15 +21,7 @@ def gated_linear_attention_summary(k: Tensor, v: Tensor, log_decay: Tensor, *, l
     are summed from the end, and tokens before the last document's first are left out, so that no sum crosses a start.
     Raises ValueError for wrong shapes or dtypes.
     """
-    op = "gated_linear_attention_summary"
-    check_dim(op, "k", k, "B T H K")
-    check_dim(op, "v", v, "B T H V")
-    batch, time, heads, keys = k.shape
-    check_shape(op, "v", v, "B T H V", batch, time, heads, v.shape[-1])
-    check_shape(op, "log_decay", log_decay, "B T H K", batch, time, heads, keys)
-    check_floating(op, k=k, v=v, log_decay=log_decay)
-    check_layout(op, layout, batch, time)
-    check_log_decay(op, log_decay)
+    check_inputs("gated_linear_attention_summary", k, v, log_decay, layout)
     dtype = accumulation_dtype(k, v, log_decay)
     sums = log_decay.to(dtype).flip(1).cumsum(1).flip(1)  # over the token and those after it
     transition = sums[:, 0].exp()

@@ -41,7 +41,7 @@ from ops.gated_linear_attention.triton_tiles import (
 )
 from ops.layout import Layout
 from ops.precision import accumulation_dtype
-from ops.rounding import rounded
+from ops.rounding import TYPES, rounded
 
 LEVELS = tl.constexpr(6)
 CHUNK = 2**LEVELS.value
@@ -51,7 +51,7 @@ CHUNKS_BLOCKS = {"BK": 64}
 CARRY_BLOCKS = {"BK": 64, "BV": 64}
 APPLY_BLOCKS = {"BK": 64, "BV": 128}
 GRADIENTS_BLOCKS = {"BK": 32, "BV": 64}
-DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
+DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
 def gated_linear_attention(
@@ -141,8 +141,8 @@ def backward(
             K=q.shape[-1],
             V=v.shape[-1],
             C=CHUNK,
-            ACC=DTYPES[initial_state.dtype],
-            DTYPE=DTYPES[scores.dtype],
+            ACC=TYPES[initial_state.dtype],
+            DTYPE=TYPES[scores.dtype],
             HAS_STARTS=starts is not None,
             **blocks,
             num_warps=4,
@@ -173,8 +173,8 @@ def _run_chunks(
         *q.shape[1:3],
         K=dim,
         C=CHUNK,
-        ACC=DTYPES[accumulated],
-        DTYPE=DTYPES[dtype],
+        ACC=TYPES[accumulated],
+        DTYPE=TYPES[dtype],
         HAS_STARTS=starts is not None,
         HAS_SCORES=scores is not None,
         **_blocks(CHUNKS_BLOCKS, dim, v.shape[-1]),
@@ -204,8 +204,8 @@ def _run_carry(
         K=dim,
         V=values,
         C=CHUNK,
-        ACC=DTYPES[state.dtype],
-        DTYPE=DTYPES[x.dtype],
+        ACC=TYPES[state.dtype],
+        DTYPE=TYPES[x.dtype],
         REVERSE=reverse,
         **blocks,
         num_warps=4,
@@ -229,8 +229,8 @@ def _run_apply(scores: Tensor, y: Tensor, x: Tensor, states: Tensor, *, transpos
         K=dim,
         V=values,
         C=CHUNK,
-        ACC=DTYPES[torch.promote_types(x.dtype, torch.float32)],
-        DTYPE=DTYPES[x.dtype],
+        ACC=TYPES[torch.promote_types(x.dtype, torch.float32)],
+        DTYPE=TYPES[x.dtype],
         TRANSPOSED=transposed,
         **blocks,
         num_warps=4,

@@ -1,5 +1,8 @@
 """What the Triton kernels of gated_linear_attention do with tiles [C, BK] of a chunk, C tokens by BK channels.
 
+Offsets are formed anew where a tile is loaded or stored: rows of them, kept for several tiles as those of
+gated_delta_rule are, take registers that these kernels do not have.
+
 Everywhere ACC is the dtype of elementwise work and of sums, DTYPE that of the operands of products.
 """
 

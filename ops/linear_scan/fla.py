@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ops.layout import Layout
 from ops.precision import accumulation_dtype
-from ops.sequences import sequences_of
+from ops.sequences import run_recurrence
 
 
 def linear_scan(
@@ -23,20 +23,6 @@ def linear_scan(
 
     if accumulation_dtype(x, log_decay) == torch.float64:
         raise ValueError("linear_scan: float64 inputs; impl 'fla' computes in fp32: choose 'chunked'")
-    state = None if initial_state is None else initial_state.float()
-    if layout is None:
-        y, state = fused_recurrent_hgrn(x.float(), log_decay, initial_state=state, output_final_state=True)
-        return y.to(x.dtype), state
-    sequences = layout.derive(sequences_of)
-    if state is not None:
-        state = state.masked_fill(layout.positions[:, :1] == 0, 0)
-        every = state.new_zeros(len(sequences.borders) - 1, state.shape[1])
-        state = every.index_copy(0, sequences.first, state)
-    y, states = fused_recurrent_hgrn(
-        x.float().flatten(0, 1)[None],
-        log_decay.flatten(0, 1)[None],
-        initial_state=state,
-        output_final_state=True,
-        cu_seqlens=sequences.borders,
-    )
-    return y.view(x.shape).to(x.dtype), states[sequences.last]
+    tensors = x.float(), log_decay
+    y, state = run_recurrence(fused_recurrent_hgrn, *tensors, layout=layout, initial_state=initial_state)
+    return y.to(x.dtype), state

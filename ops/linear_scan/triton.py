@@ -25,7 +25,7 @@ from torch import Tensor
 from ops.exact_exp import exact_exp
 from ops.layout import Layout
 from ops.precision import accumulation_dtype
-from ops.rounding import rounded
+from ops.rounding import TYPES, rounded
 
 # Tokens of one iteration and of one word of reset bits; channels of a program, two for each thread of its one warp:
 # asynchronous copies move at least 4 bytes, two bf16. Three stages keep two iterations, 32 tokens, in flight.
@@ -33,7 +33,6 @@ BT = 16
 BD = 64
 STAGES = tl.constexpr(3)
 LOG2_E = tl.constexpr(1.4426950408889634)
-ACCUMULATION = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 # Warps that draw all the bandwidth of an H100 (132 multiprocessors, 1.8 MB in flight, 12 kB a warp are 150), and how
 # many to aim for where time has to be cut; a segment is long against its warm-up of one memory latency.
@@ -73,7 +72,7 @@ def forward(x: Tensor, log_decay: Tensor, initial_state: Tensor | None, resets: 
     with torch.cuda.device_of(x):
         _forward_kernel[_grid(batch, width, count)](
             x, log_decay, resets, initial, total, end, y, state,
-            T=time, S=count, L=length, D=width, EVEN=width % BD == 0, DTYPE=ACCUMULATION[state.dtype], BT=BT, BD=BD,
+            T=time, S=count, L=length, D=width, EVEN=width % BD == 0, DTYPE=TYPES[state.dtype], BT=BT, BD=BD,
             num_warps=1,
         )  # fmt: skip
     return y, state
@@ -98,7 +97,7 @@ def backward(
     with torch.cuda.device_of(y):
         _backward_kernel[_grid(batch, width, count)](
             dy, dstate.contiguous(), log_decay, y, resets, initial, total, end, dx, dlog_decay, dinitial,
-            T=time, S=count, L=length, D=width, EVEN=width % BD == 0, DTYPE=ACCUMULATION[dstate.dtype], BT=BT, BD=BD,
+            T=time, S=count, L=length, D=width, EVEN=width % BD == 0, DTYPE=TYPES[dstate.dtype], BT=BT, BD=BD,
             num_warps=1,
         )  # fmt: skip
     return dx, dlog_decay, dinitial
@@ -207,7 +206,7 @@ def _summaries(
         with torch.cuda.device_of(x):
             _summary_kernel[_grid(batch, width, count)](
                 x, log_decay, resets, total, end,
-                T=time, S=count, L=length, D=width, REVERSE=reverse, EVEN=width % BD == 0, DTYPE=ACCUMULATION[dtype],
+                T=time, S=count, L=length, D=width, REVERSE=reverse, EVEN=width % BD == 0, DTYPE=TYPES[dtype],
                 BT=BT, BD=BD, num_warps=1,
             )  # fmt: skip
     return total, end

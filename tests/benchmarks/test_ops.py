@@ -56,9 +56,9 @@ def test_the_floor_is_the_slowest_resource() -> None:
     assert MACHINE.floor(Work(bytes=1e9, flops=1e9, transcendentals=5e9)) == 5.0
 
 
-def test_every_recurrence_and_kernel_has_a_case() -> None:
-    names = " ".join(case.name for case in cuda_cases(torch.device("cpu"), REHEARSAL))
-    assert all(op in names for op, impls in IMPLEMENTATIONS.items() if "triton" in impls or op == "attention")
+def test_every_op_has_a_case() -> None:
+    names = [case.name.split()[0] for case in cuda_cases(torch.device("cpu"), REHEARSAL)]
+    assert set(names) == set(IMPLEMENTATIONS)
     names = " ".join(case.name for case in cpu_cases(small=True))
     assert all(
         op in names for op in ("linear_scan", "gated_", "diagonal_lstm", "diagonal_gru", "rglru layer", "attention B2")

@@ -13,7 +13,17 @@ from ops.diagonal_lstm.cell import LSTM
 from ops.diagonal_lstm.chunked import form as lstm_form
 from tests.ops.compare import Inputs
 
-__all__ = ["derived", "derived_lstm_form", "gru_form", "lstm_form", "make_inputs", "name_of", "run", "tanh_form"]
+__all__ = [
+    "derived",
+    "derived_lstm_form",
+    "gru_form",
+    "lstm_form",
+    "make_inputs",
+    "name_of",
+    "newton",
+    "run",
+    "tanh_form",
+]
 
 
 def tanh_step(state: Channels, gates: Channels, weights: Channels) -> Channels:
@@ -61,3 +71,25 @@ def make_inputs(form: ChunkedForm, time: int, *, width: int = 3, dtype: torch.dt
 
 def name_of(argument: Any) -> str:
     return argument.cell.name if isinstance(argument, ChunkedForm) else str(argument)
+
+
+def newton(
+    cell: DiagonalCell, gates: Tensor, weights: Tensor, iterations: int, *, initial: Tensor | None = None
+) -> Tensor:
+    """The output [B, T, D] of Newton's method for the states of all tokens at once, as ParaRNN (arXiv 2510.21450)
+    publishes it: from each token's step on a state of zeros."""
+    batch, time, _, width = gates.shape
+    gate_rows, rows = gates.unbind(2), weights.unbind(0)
+    first = gates.new_zeros(batch, cell.num_states, width) if initial is None else initial
+    nothing = [torch.zeros_like(gate_rows[0])] * cell.num_states
+    states = torch.stack(list(cell.step(nothing, gate_rows, rows)), dim=2)  # [B, T, n, D]
+    for _ in range(iterations):
+        before = torch.cat([first[:, None], states[:, :-1]], dim=1)
+        after = torch.stack(list(cell.step(before.unbind(2), gate_rows, rows)), dim=2)
+        acts = gates[:, :, :0]
+        jacobian = derived(cell).linearise(weights, gates, acts, before.unbind(2), after.unbind(2)).jacobian
+        solved = [first]
+        for t in range(time):
+            solved.append(after[:, t] + (jacobian[:, t] * (solved[-1] - before[:, t])[:, None]).sum(2))
+        states = torch.stack(solved[1:], dim=1)
+    return states[:, :, cell.output]

@@ -7,6 +7,7 @@ belong to a row, `weight` and `bias` to all rows, and all others have a time dim
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
@@ -20,6 +21,10 @@ Inputs = dict[str, Tensor]
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 100, 257, 1025)
 # Triton kernels are interpreted here unless there is a GPU, where the same tests run them compiled.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Of a test or a case that takes the interpreter long; a GPU always runs it.
+SLOW = pytest.mark.slow if DEVICE == "cpu" else pytest.mark.skipif(False, reason="compiled")
+# The longest of LENGTHS takes a time loop as long as all others together.
+QUICK_LENGTHS = [*LENGTHS[:-1], pytest.param(LENGTHS[-1], marks=pytest.mark.slow)]
 # Below one unit in the last place of fp32, two right implementations cannot be told apart.
 FP32_UNIT = 1.2e-7
 # What rounding a result to bf16 alone errs.
@@ -74,7 +79,8 @@ def assert_equal(actual: Inputs, expected: Inputs, tolerance: float) -> None:
 def assert_earned(
     op: Callable[..., Any], inputs: Inputs, *, factor: float = 2.0, impl: str = "chunked", **options: Any
 ) -> None:
-    """Against the float64 reference, `impl` in fp32 errs at most `factor` times as much as the fp32 reference."""
+    """Against the float64 reference, `impl` in fp32 errs at most `factor` times as much as the fp32 reference, and is
+    nowhere infinite or NaN."""
     inputs = {name: tensor.float() for name, tensor in inputs.items()}
     exact = evaluate(op, {name: tensor.double() for name, tensor in inputs.items()}, impl="reference", **options)
     yardstick = evaluate(op, inputs, impl="reference", **options)
@@ -115,6 +121,16 @@ class BF16Products(TorchDispatchMode):
             *rest, a, b = args
             args = (*rest, *(z.bfloat16().to(z.dtype) for z in (a, b)))
         return func(*args, **(kwargs or {}))
+
+
+def extreme_decays(*shape: int) -> Tensor:
+    """Log decays [..., channels] of nothing (0), all (-inf) and in between: at random, but in the first half of the
+    channels, six at most, each alone."""
+    values = torch.tensor([0.0, -torch.inf, -0.1, -3.0, -20.0, -1e4])
+    log_decay = values[torch.randint(0, len(values), shape)]
+    for channel, value in enumerate(values[: (shape[-1] + 1) // 2]):
+        log_decay[..., channel] = value
+    return log_decay
 
 
 def packed_positions(time: int, *, first: int = 0, cuts: Sequence[int] = (1, 2, 16, 32, 33, 64, 96, 250)) -> Tensor:

@@ -13,7 +13,7 @@ from ops.diagonal_gru.cell import GRU
 from ops.diagonal_gru.triton import form as gru_form
 from ops.diagonal_lstm.cell import LSTM
 from ops.diagonal_lstm.triton import form as lstm_form
-from tests.ops.compare import DEVICE, Inputs
+from tests.ops.compare import DEVICE, SLOW, Inputs
 
 OPS = {
     "lstm": partial(diagonal_lstm, output_final_state=True),
@@ -21,9 +21,8 @@ OPS = {
 }
 FORMS = {"lstm": lstm_form, "gru": gru_form}
 CELLS = {"lstm": LSTM, "gru": GRU}
-# A token costs the interpreter some 50 ms, whatever the batch and the width.
-slow = pytest.mark.slow if DEVICE == "cpu" else ()
 both = pytest.mark.parametrize("name", OPS)
+one_at_first = pytest.mark.parametrize("name", ["gru", pytest.param("lstm", marks=SLOW)])
 
 
 def make_inputs(

@@ -18,7 +18,7 @@ from ops.attention import flash_attn, flex
 from ops.attention.inputs import State
 from ops.attention.sdpa import visible_keys
 from ops.impl import GPU_ONLY
-from tests.ops.compare import DEVICE, Inputs, assert_earned, assert_equal, evaluate, layouts, packed_positions
+from tests.ops.compare import DEVICE, SLOW, Inputs, assert_earned, assert_equal, evaluate, layouts, packed_positions
 from tests.ops.flash_attn_imitation import imitation
 from tests.ops.largest import LargestTensor
 
@@ -121,7 +121,8 @@ def test_any_block_mask(time: int, window: int | None, previous: int, first: int
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="uncompiled, torch's own holds the scores")
 @pytest.mark.parametrize(
-    ("time", "previous", "window", "kind"), [(130, 300, 100, "continued"), (257, None, None, "none")]
+    ("time", "previous", "window", "kind"),
+    [(130, 300, 100, "continued"), pytest.param(257, None, None, "none", marks=SLOW)],
 )
 def test_uncompiled_flex_attention_is_the_reference(
     time: int, previous: int | None, window: int | None, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -133,7 +134,7 @@ def test_uncompiled_flex_attention_is_the_reference(
     torch.testing.assert_close(o, attend(**inputs, **options, impl="reference")[0])
 
 
-@pytest.mark.parametrize("window", [None, pytest.param(20, marks=pytest.mark.slow if DEVICE == "cpu" else ())])
+@pytest.mark.parametrize("window", [None, pytest.param(20, marks=SLOW)])
 def test_flex_compiles_inside_a_whole_graph(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
         monkeypatch.delitem(GPU_ONLY, "flex")
@@ -165,6 +166,7 @@ def test_flex_groups(heads: int, groups: int) -> None:
     assert_earned(attend, inputs, impl="flex", layout=layouts(130)["continued"])
 
 
+@SLOW
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU compiles with its own backend")
 def test_flex_compiles_once_and_once_more_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packings, windows and first positions share a kernel; lengths share the second one. Torch's limit is lifted."""

@@ -12,11 +12,13 @@ from ops import Layout, causal_conv1d
 from ops.causal_conv1d import chunked
 from ops.causal_conv1d.chunked import CausalConv1d, tap_masks
 from tests.ops.compare import (
+    LENGTHS,
     Inputs,
     assert_earned,
     assert_equal,
     assert_packed_equals_separate,
     assert_split_equals_whole,
+    error,
     evaluate,
     layouts,
     packed_positions,
@@ -59,7 +61,9 @@ def test_is_torch_conv1d(impl: str) -> None:
 
 @pytest.mark.parametrize("kind", ["none", "packed", "continued"])
 @pytest.mark.parametrize("window", [1, 2, 4])
-@pytest.mark.parametrize("time", [1, 2, 3, 17, 65])
+@pytest.mark.parametrize(
+    "time", [1, 2, 3, 17, 65, *(pytest.param(t, marks=pytest.mark.slow) for t in LENGTHS if t not in (1, 2, 17, 65))]
+)
 def test_chunked_equals_reference(time: int, window: int, kind: str) -> None:
     inputs, layout = make_inputs(time, window=window), layouts(time)[kind]
     expected = evaluate(conv, inputs, layout=layout, impl="reference")
@@ -87,6 +91,33 @@ def test_dropped_masks_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "tap_masks", lambda *_: None)
     with pytest.raises(AssertionError):
         assert_packed_equals_separate(conv, without_state(make_inputs(100)), impl="chunked", tolerance=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("name", "dropped", "wrong"),
+    [
+        ("forward", 0, "output"),
+        ("backward", 0, "d initial_state"),
+        ("backward", 1, "d weight"),
+        ("backward", 2, "d bias"),
+    ],
+)
+def test_a_dropped_term_is_caught(name: str, dropped: int, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The carried state on the way forward, and each of the gradients on the way back."""
+    real, inputs = getattr(CausalConv1d, name), make_inputs(9)
+
+    def mutant(ctx: Any, *arguments: Any) -> Any:
+        if name == "forward":
+            held = arguments[0].clone()
+            held[:, :3] = 0
+            return real(ctx, held, *arguments[1:])
+        gradients = list(real(ctx, *arguments))
+        gradients[dropped] = torch.zeros_like(gradients[dropped])
+        return tuple(gradients)
+
+    expected = evaluate(conv, inputs, impl="reference")
+    monkeypatch.setattr(CausalConv1d, name, staticmethod(mutant))
+    assert error(evaluate(conv, inputs, impl="chunked")[wrong], expected[wrong]) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["none", "packed"])

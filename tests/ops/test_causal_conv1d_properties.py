@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ops import Layout, causal_conv1d
 from tests.ops.compare import (
     DEVICE,
+    SLOW,
     assert_packed_equals_separate,
     assert_split_equals_whole,
     layouts,
@@ -33,11 +34,13 @@ def conv_from(*, state: Tensor | None, **arguments: Any) -> tuple[Tensor, Tensor
     return conv(**arguments, initial_state=state)
 
 
+@SLOW
 def test_packed_equals_separate() -> None:
     inputs = without_state(make_inputs(18, dtype=DTYPE))
     assert_packed_equals_separate(conv, inputs, impl="triton", tolerance=TOLERANCE)
 
 
+@SLOW
 @pytest.mark.parametrize("kind", ["none", "packed"])
 def test_split_equals_whole(kind: str) -> None:
     inputs = {name: z for name, z in make_inputs(9, dtype=DTYPE).items() if name != "initial_state"}
@@ -45,6 +48,7 @@ def test_split_equals_whole(kind: str) -> None:
     assert_split_equals_whole(conv_from, inputs, cuts=(1, 3), impl="triton", tolerance=TOLERANCE, layout=layout)
 
 
+@SLOW
 @few_examples
 @given(
     time=st.integers(1, 9),

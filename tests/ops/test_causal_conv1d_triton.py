@@ -13,6 +13,7 @@ from ops.causal_conv1d import triton
 from tests.ops.compare import (
     DEVICE,
     LENGTHS,
+    SLOW,
     assert_earned,
     assert_earned_bf16,
     assert_equal,
@@ -25,7 +26,6 @@ from tests.ops.test_causal_conv1d import make_inputs
 INTERPRETED = DEVICE == "cpu"
 # float64 under the interpreter only.
 DTYPE, TOLERANCE = (torch.float64, 1e-13) if INTERPRETED else (torch.float32, 2e-6)
-SLOW = pytest.mark.slow if INTERPRETED else ()
 
 
 def conv(*, layout: Layout | None = None, impl: str = "triton", **arguments: Any) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def real_segments() -> None:
         (17, 2, 5, "none", None, "bias initial_state"),
         (33, 3, 70, "packed", "silu", ""),
         (65, 4, 5, "packed", "silu", "bias initial_state"),
-        (65, 4, 16, "none", "silu", ""),
+        pytest.param(65, 4, 16, "none", "silu", "", marks=SLOW),
     ],
 )
 def test_triton_earns_its_tolerance(
@@ -85,6 +85,7 @@ def test_triton_earns_its_tolerance_on_the_grid(time: int, window: int, kind: st
     assert_earned_bf16(partial(conv, activation="silu"), inputs, layout=layout)
 
 
+@SLOW
 @pytest.mark.usefixtures("real_segments")
 def test_segments_of_the_real_length() -> None:
     inputs, layout = make_inputs(65, dtype=torch.float32), layouts(65)["packed"]
@@ -96,6 +97,7 @@ def test_bf16_is_summed_in_fp32(activation: str | None) -> None:
     assert_earned_bf16(partial(conv, activation=activation), make_inputs(33), layout=layouts(33)["packed"])
 
 
+@SLOW
 def test_triton_gradcheck() -> None:
     if not INTERPRETED:
         with pytest.raises(ValueError, match=r"x has dtype torch\.float64; .* use 'chunked'"):
@@ -183,8 +185,8 @@ def test_trap_grid_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_slices_of_a_wider_tensor() -> None:
     """Neither x nor the gradient of y has to be contiguous; both are read where they are."""
-    inputs = make_inputs(13, dtype=DTYPE)
-    wide = torch.randn(2, 13, 15, dtype=DTYPE)
+    inputs = make_inputs(5, dtype=DTYPE)
+    wide = torch.randn(2, 5, 15, dtype=DTYPE)
     wide[..., 5:10] = inputs["x"]
     strided = inputs | {"x": wide[..., 5:10], "weight": inputs["weight"].T.clone().T}
     assert_equal(evaluate(conv, strided), evaluate(conv, inputs), 0.0)
@@ -214,7 +216,7 @@ def test_mutants_are_caught(monkeypatch: pytest.MonkeyPatch, name: str, mutate: 
         assert_earned(partial(conv, activation="silu"), inputs, layout=layout, impl="triton")
 
 
-@pytest.mark.parametrize("given", ["", "bias positions initial_state"])
+@pytest.mark.parametrize("given", ["", pytest.param("bias positions initial_state", marks=SLOW)])
 def test_ops_are_registered_right(given: str) -> None:
     inputs = make_inputs(3, window=3, dtype=torch.float32) | {"positions": packed_positions(3, cuts=(1,))}
     here = {n: z.to(DEVICE) for n, z in inputs.items() if n in ("x", "weight", *given.split())}

@@ -14,7 +14,9 @@ from ops.diagonal_cell.statistics import Statistics
 from tests.ops.cells import gru_form, lstm_form, make_inputs, name_of, tanh_form
 from tests.ops.compare import error, packed_positions
 
-every_form = pytest.mark.parametrize("form", [tanh_form, lstm_form, gru_form], ids=name_of)
+every_form = pytest.mark.parametrize(
+    "form", [pytest.param(tanh_form, marks=pytest.mark.slow), lstm_form, gru_form], ids=name_of
+)
 
 
 @every_form
@@ -56,7 +58,7 @@ def gradients(loss: Callable[..., Tensor], inputs: list[Tensor], *others: Any) -
 
 
 @every_form
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_registered_ops_are_sound(form: ChunkedForm, packed: bool) -> None:
     leaves = [z.requires_grad_() for z in make_inputs(form, 9).values()]
     starts = packed_positions(9, first=2) == 0 if packed else None

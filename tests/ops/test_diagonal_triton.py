@@ -17,6 +17,7 @@ from ops.diagonal_cell import triton as host
 from tests.ops.compare import (
     DEVICE,
     LENGTHS,
+    SLOW,
     assert_earned,
     assert_earned_bf16,
     assert_equal,
@@ -25,7 +26,16 @@ from tests.ops.compare import (
     layouts,
     packed_positions,
 )
-from tests.ops.diagonal_cases import FORMS, OPS, accumulation, both, length_of_a_segment, make_inputs, on_device, slow
+from tests.ops.diagonal_cases import (
+    FORMS,
+    OPS,
+    accumulation,
+    both,
+    length_of_a_segment,
+    make_inputs,
+    on_device,
+    one_at_first,
+)
 
 
 @pytest.mark.parametrize(
@@ -33,10 +43,10 @@ from tests.ops.diagonal_cases import FORMS, OPS, accumulation, both, length_of_a
     [
         (1, "packed", 64),
         (2, "none", 65),
-        (17, "continued", 64),
+        pytest.param(17, "continued", 64, marks=SLOW),
         (35, "packed", 60),
         *(
-            pytest.param(time, kind, width, marks=slow)
+            pytest.param(time, kind, width, marks=SLOW)
             for time in LENGTHS
             for kind, width in (("none", 256), ("packed", 60), ("continued", 100))
             if DEVICE == "cuda" or time <= 100 or kind == "packed"
@@ -50,17 +60,15 @@ def test_fp32_error_is_earned(name: str, time: int, kind: str, width: int) -> No
     assert_earned(OPS[name], inputs, layout=layouts(time)[kind], impl="triton")
 
 
-@pytest.mark.parametrize(
-    "time", [18, *(pytest.param(time, marks=slow) for time in LENGTHS if DEVICE == "cuda" or time <= 257)]
-)
-@both
+@pytest.mark.parametrize("time", [18, *(pytest.param(time, marks=SLOW) for time in LENGTHS)])
+@one_at_first
 def test_bf16_error_is_earned(name: str, time: int) -> None:
     assert_earned_bf16(OPS[name], make_inputs(name, time), layout=layouts(time)["packed"], impl="triton")
 
 
 @pytest.mark.parametrize(
     ("name", "segments"),
-    [("lstm", 1), ("gru", 2), pytest.param("lstm", 2, marks=slow), pytest.param("gru", 1, marks=slow)],
+    [("gru", 1), *(pytest.param(name, n, marks=SLOW) for name, n in (("lstm", 1), ("lstm", 2), ("gru", 2)))],
 )
 def test_gradcheck(name: str, segments: int) -> None:
     if accumulation() == torch.float32:
@@ -95,7 +103,7 @@ def test_splitting_and_carrying_the_state_equals_not_splitting(cut: int, segment
     assert error(state, whole_state) < tolerance
 
 
-@both
+@one_at_first
 @settings(max_examples=3, deadline=None)
 @given(order=st.permutations(range(3)))
 def test_permuted_rows_permute_the_output(name: str, order: list[int]) -> None:
@@ -121,7 +129,7 @@ def test_documents_do_not_see_each_other(name: str) -> None:
     assert torch.equal(op(**changed)[0][:, 2:], y[:, 2:])
 
 
-@both
+@one_at_first
 def test_strided_inputs(name: str) -> None:
     inputs = make_inputs(name, 5, dtype=torch.float32)
     strided = {
@@ -133,7 +141,7 @@ def test_strided_inputs(name: str) -> None:
     assert_equal(evaluate(OPS[name], inputs | strided, impl="triton"), evaluate(OPS[name], inputs, impl="triton"), 0.0)
 
 
-@both
+@one_at_first
 def test_compiles_whole_under_checkpointing_and_autocast(name: str) -> None:
     inputs = make_inputs(name, 3, dtype=torch.float32)
     layout = Layout(torch.tensor([[4, 5, 0], [0, 1, 2]], device=DEVICE))
@@ -150,7 +158,7 @@ def test_compiles_whole_under_checkpointing_and_autocast(name: str) -> None:
         assert_equal(evaluate(op, inputs, layout=layout), expected, 0.0)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("lstm", torch.float32), ("gru", torch.bfloat16)])
+@pytest.mark.parametrize(("name", "dtype"), [pytest.param("lstm", torch.float32, marks=SLOW), ("gru", torch.bfloat16)])
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
     inputs = on_device(make_inputs(name, 2, dtype=torch.float32, batch=1))
     gates = inputs["gates"].to(dtype).requires_grad_()

@@ -7,16 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ops.diagonal_cell import triton as host
-from ops.diagonal_cell.cell import DiagonalCell
-from ops.diagonal_cell.derived import DerivedCell
 from ops.diagonal_cell.statistics import Statistics
 from ops.diagonal_gru.triton import form as gru_form
-from ops.diagonal_lstm.cell import LSTM
-from tests.ops.compare import DEVICE, assert_equal, error, evaluate, layouts
+from tests.ops.cells import newton
+from tests.ops.compare import DEVICE, SLOW, assert_equal, evaluate, layouts
 from tests.ops.diagonal_cases import (
     CELLS,
     FORMS,
@@ -27,7 +24,7 @@ from tests.ops.diagonal_cases import (
     length_of_a_segment,
     make_inputs,
     on_device,
-    slow,
+    one_at_first,
 )
 
 
@@ -36,7 +33,7 @@ from tests.ops.diagonal_cases import (
     [
         (19, 3, "packed"),
         *(
-            pytest.param(time, segments, kind, marks=slow)
+            pytest.param(time, segments, kind, marks=SLOW)
             for i, time in enumerate((16, 17, 65, 100, 257))
             for j, (segments, kind) in enumerate(((2, "none"), (5, "packed"), (16, "continued")))
             if DEVICE == "cuda" or i % 3 == j
@@ -53,7 +50,7 @@ def test_segments_equal_reference(name: str, time: int, segments: int, kind: str
     assert_equal(found, expected, 1e-11 if DEVICE == "cpu" else 1e-5)
 
 
-@both
+@one_at_first
 def test_programs_across_rows_and_segments(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program of 4 threads holds channels of more than one row and segment, and the last one is not full."""
     monkeypatch.setattr(host, "BLOCK", 4)
@@ -80,6 +77,7 @@ def test_segments_give_the_sequential_loop_to_the_bit(name: str, tolerance: floa
     assert statistics.sequential_channels == (0 if max_corrections == 3 else 32)
 
 
+@SLOW
 @both
 def test_wild_weights_are_solved_where_newton_for_each_token_is_not(name: str) -> None:
     """Weights from N(0, 4): the plain Newton method of ParaRNN stops after three iterations wherever it is."""
@@ -88,45 +86,19 @@ def test_wild_weights_are_solved_where_newton_for_each_token_is_not(name: str) -
     statistics = Statistics()
     expected, _ = OPS[name](**inputs, impl="triton", segments=1)
     found, state = OPS[name](**inputs, impl="triton", segments=3, max_corrections=1, statistics=statistics)
-    newton = newton_for_each_token(CELLS[name], **inputs)
+    weights = torch.cat([inputs["a"], inputs["c"]]) if name == "lstm" else inputs["a"]
+    published = newton(CELLS[name], inputs["gates"], weights, 3, initial=inputs["initial_state"])
     assert found.isfinite().all()
     assert state.isfinite().all()
     assert (found - expected).abs().max() <= 1e-4  # starts err by 1e-6, which can grow inside a segment
     assert 0 < statistics.sequential_channels < 64
     assert statistics.corrections == 1
     assert statistics.residual <= 1e-6
-    assert (newton - expected).abs().max() > 1
-
-
-def newton_for_each_token(
-    cell: DiagonalCell, gates: Tensor, a: Tensor, c: Tensor | None = None, *, initial_state: Tensor, iterations: int = 3
-) -> Tensor:
-    """The output [B, T, D] of Newton's method for the states of all tokens at once (ParaRNN, arXiv 2510.21450)."""
-    plain = DerivedCell("plain", cell.step, states=cell.num_states, gates=3, weights=cell.num_weights)
-    weights = a if c is None else torch.cat([a, c])
-    acts, rows = gates[:, :, :0], weights.unbind(0)
-    nothing = [torch.zeros_like(gates[:, :, 0])] * cell.num_states
-    states = torch.stack(list(cell.step(nothing, gates.unbind(2), rows)), dim=2)  # [B, T, n, D]
-    for _ in range(iterations):
-        before = torch.cat([initial_state[:, None], states[:, :-1]], dim=1)
-        after = torch.stack(list(cell.step(before.unbind(2), gates.unbind(2), rows)), dim=2)
-        jacobian = plain.linearise(weights, gates, acts, before.unbind(2), after.unbind(2)).jacobian
-        solved = [initial_state]
-        for t in range(gates.shape[1]):
-            moved = (jacobian[:, t] * (solved[-1] - before[:, t]).unsqueeze(1)).sum(2)
-            solved.append(after[:, t] + moved)
-        states = torch.stack(solved[1:], dim=1)
-    return states[:, :, -1]
-
-
-def test_newton_for_each_token_converges_with_more_iterations() -> None:
-    inputs = make_inputs("lstm", 12)
-    expected, _ = OPS["lstm"](**inputs, impl="reference")
-    assert error(newton_for_each_token(LSTM, **inputs, iterations=12), expected) < 1e-12
+    assert (published - expected).abs().max() > 1
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-@both
+@one_at_first
 def test_saturated_gates_and_wild_weights_give_no_nan(name: str) -> None:
     """exp overflows for half of the channels; also a start state of a segment, had it not been bounded."""
     inputs = make_inputs(name, 3 * length_of_a_segment(), width=16, spread=2.0, dtype=torch.float32)
@@ -148,7 +120,7 @@ class ValuesRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@both
+@one_at_first
 def test_nothing_is_read_back_from_the_device(name: str) -> None:
     inputs = on_device(make_inputs(name, 2 * length_of_a_segment(), batch=1, dtype=torch.float32))
     weights = torch.cat([inputs["a"], inputs["c"]]) if name == "lstm" else inputs["a"]

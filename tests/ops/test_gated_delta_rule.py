@@ -15,7 +15,7 @@ from ops import Layout, gated_delta_rule
 from ops.gated_delta_rule import chunked, decays
 from ops.gated_delta_rule.decays import chunk_masks
 from tests.ops.compare import (
-    LENGTHS,
+    QUICK_LENGTHS,
     Inputs,
     assert_earned,
     assert_equal,
@@ -23,6 +23,7 @@ from tests.ops.compare import (
     assert_split_equals_whole,
     error,
     evaluate,
+    extreme_decays,
     layouts,
     packed_positions,
 )
@@ -91,14 +92,14 @@ def test_another_projects_loop(impl: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["none", "packed", "continued"])
-@pytest.mark.parametrize("time", LENGTHS)
+@pytest.mark.parametrize("time", QUICK_LENGTHS)
 def test_chunked_equals_reference(time: int, kind: str) -> None:
     inputs, layout = make_inputs(time), layouts(time)[kind]
     expected = evaluate(rule, inputs, layout=layout, impl="reference")
     assert_equal(evaluate(rule, inputs, layout=layout, impl="chunked"), expected, 1e-12)
 
 
-@pytest.mark.parametrize("time", LENGTHS)
+@pytest.mark.parametrize("time", QUICK_LENGTHS)
 def test_fp32_error_is_earned(time: int) -> None:
     """With enough heads at short lengths that the time loop is not right by luck."""
     inputs = make_inputs(time, group=max(1, 1024 // time), width=16)
@@ -120,15 +121,12 @@ def test_fp32_error_is_earned_at_all_widths(width: int) -> None:
 def test_any_documents(row: list[int], seed: int) -> None:
     torch.manual_seed(seed)
     inputs = make_inputs(len(row), batch=1, group=1, width=2)
-    assert_equals_reference(rule, inputs, row, impl="chunked", tolerance=1e-12)
+    assert_equals_reference(rule, inputs, row, impl="chunked")
 
 
 def extreme_inputs(time: int) -> Inputs:
     inputs = make_inputs(time, heads=4, group=2, dtype=torch.float32)
-    values = torch.tensor([0.0, -0.1, -3.0, -1e4, -torch.inf])
-    inputs["log_decay"] = values[torch.randint(0, 5, inputs["log_decay"].shape)]
-    inputs["log_decay"][:, :, 0] = 0.0
-    inputs["log_decay"][:, :, 1] = -torch.inf
+    inputs["log_decay"] = extreme_decays(*inputs["log_decay"].shape)
     inputs["beta"] = torch.tensor([0.0, 1.0, 2.0])[torch.randint(0, 3, inputs["beta"].shape)]
     return inputs
 
@@ -137,10 +135,8 @@ def extreme_inputs(time: int) -> Inputs:
 def test_extreme_decays_and_strengths(kind: str) -> None:
     """Decays of 1, exp(-1e4) and exactly 0 beside ordinary ones; tokens that write nothing, replace or reflect."""
     inputs, layout = extreme_inputs(130), layouts(130)[kind]
-    found = evaluate(rule, inputs, layout=layout, impl="chunked")
-    assert all(tensor.isfinite().all() for tensor in found.values())
-    exact = evaluate(rule, {name: z.double() for name, z in inputs.items()}, layout=layout, impl="reference")
-    assert_equal(found, exact, 2e-6)  # undecayed reflections over all 130 tokens: three times the time loop's error
+    # Reflections that nothing decays, over all 130 tokens: the gradient of the initial state errs 2.6 times as much.
+    assert_earned(rule, inputs, layout=layout, factor=3.0)
 
 
 def test_no_decay_at_all() -> None:

@@ -1,4 +1,4 @@
-"""What a chunk of the gated delta rule is solved with: the inverse, and the decays between its tokens."""
+"""What a chunk of the gated delta rule is solved with: the inverse, the decays between its tokens; and long keys."""
 
 import pytest
 import torch
@@ -6,6 +6,8 @@ import torch
 from ops import Layout
 from ops.gated_delta_rule.decays import chunk_decays, layout_masks
 from ops.gated_delta_rule.inverse import unit_lower_inverse
+from tests.ops.compare import assert_earned
+from tests.ops.test_gated_delta_rule import make_inputs, rule
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8, 16, 64])
@@ -29,3 +31,10 @@ def test_decays_are_products_over_their_own_interval() -> None:
         assert found.carry_in[0, 0, 0, t] == pytest.approx(a[: t + 1].prod().item() if t < 4 else 0)
         assert found.carry_out[0, 0, 0, t] == pytest.approx(a[t + 1 :].prod().item() if t >= 4 else 0)
     assert found.through.item() == 0
+
+
+def test_unnormalised_keys() -> None:
+    """flash-linear-attention #537: keys of norm 30, with beta as small as it takes."""
+    inputs = make_inputs(100, width=16)
+    inputs["k"], inputs["beta"] = 30 * inputs["k"], inputs["beta"] / 900
+    assert_earned(rule, inputs)

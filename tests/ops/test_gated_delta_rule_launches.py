@@ -9,8 +9,8 @@ import torch
 from ops import Layout
 from ops.gated_delta_rule import triton as tier
 from ops.gated_delta_rule import triton_backward, triton_forward
-from tests.ops.compare import assert_equal, evaluate, packed_positions
-from tests.ops.test_gated_delta_rule_triton import LONG, make_inputs, rule, triton_rule
+from tests.ops.compare import SLOW, assert_equal, evaluate, packed_positions
+from tests.ops.test_gated_delta_rule_triton import make_inputs, rule, triton_rule
 
 
 class Recorder:
@@ -80,7 +80,7 @@ MUTANTS: dict[str, tuple[Any, str, Spoil | None, Spoil | None]] = {
 }
 
 
-@pytest.mark.parametrize("mutant", [pytest.param(name, marks=LONG if i % 2 else ()) for i, name in enumerate(MUTANTS)])
+@pytest.mark.parametrize("mutant", [pytest.param(name, marks=SLOW if i % 2 else ()) for i, name in enumerate(MUTANTS)])
 def test_each_dropped_term_is_caught(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, name, before, after = MUTANTS[mutant]
     kernel = getattr(module, name)

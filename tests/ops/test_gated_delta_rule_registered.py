@@ -8,39 +8,32 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
-from ops import Affine, Layout, gated_delta_rule, gated_delta_rule_summary
+from ops import Affine, Layout, gated_delta_rule_summary
 from ops.gated_delta_rule import chunked, fla
 from ops.gated_delta_rule.decays import layout_masks
 from ops.impl import resolve_impl
-from tests.ops.compare import DEVICE, Inputs, assert_equal, error, evaluate, packed_positions
+from tests.ops import test_gated_delta_rule
+from tests.ops.compare import DEVICE, SLOW, Inputs, assert_equal, error, evaluate, packed_positions
+from tests.ops.test_gated_delta_rule import rule
 
-rule = partial(gated_delta_rule, output_final_state=True)
-
-
-def make_inputs(time: int, *, batch: int = 1, group: int = 2, dtype: torch.dtype = torch.float64) -> Inputs:
-    return {
-        "q": torch.randn(batch, time, 1, 4, dtype=dtype),
-        "k": normalize(torch.randn(batch, time, 1, 4, dtype=dtype), dim=-1),
-        "v": torch.randn(batch, time, group, 5, dtype=dtype),
-        "log_decay": -torch.rand(batch, time, group, dtype=dtype) * 0.3,
-        "beta": 2 * torch.rand(batch, time, group, dtype=dtype),
-        "initial_state": torch.randn(batch, group, 4, 5, dtype=dtype),
-    }
+make_inputs = partial(test_gated_delta_rule.make_inputs, batch=1, width=4)
 
 
 def leaves_of(inputs: Inputs) -> list[Tensor]:
     return [tensor.to(DEVICE).requires_grad_() for tensor in inputs.values()]
 
 
-LAYOUTS = {"none": None, "packed": Layout(packed_positions(20, first=3, cuts=(7,))[:1].to(DEVICE))}
+LAYOUTS = {"none": None, "packed": Layout(packed_positions(12, first=3, cuts=(7,))[:1].to(DEVICE))}
 
 
-@pytest.mark.parametrize(("impl", "kind"), [("chunked", "none"), ("chunked", "packed"), ("triton", "packed")])
+@pytest.mark.parametrize(
+    ("impl", "kind"),
+    [pytest.param("chunked", "none", marks=pytest.mark.slow), ("chunked", "packed"), ("triton", "packed")],
+)
 def test_compiles_whole_and_checkpoints(impl: str, kind: str) -> None:
-    leaves = leaves_of(make_inputs(20, dtype=torch.float32))
+    leaves = leaves_of(make_inputs(12, dtype=torch.float32))
 
     def loss(*tensors: Tensor) -> Tensor:
         *inputs, state = tensors
@@ -56,7 +49,7 @@ def test_compiles_whole_and_checkpoints(impl: str, kind: str) -> None:
             torch.testing.assert_close(found, gradient, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("queries", [True, False])
+@pytest.mark.parametrize("queries", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_registration_of_chunked(queries: bool) -> None:
     inputs = {n: z.requires_grad_() for n, z in make_inputs(6, group=1).items()}
     chunks = {name: chunked.cut(inputs[name], 4, torch.float64) for name in ("q", "k", "v", "log_decay", "beta")}
@@ -70,6 +63,7 @@ def test_registration_of_chunked(queries: bool) -> None:
     torch.library.opcheck(chunked.backward, (o if queries else None, state, q, k, v, beta, saved))
 
 
+@SLOW
 def test_registration_of_triton() -> None:
     from ops.gated_delta_rule import triton as tier
 
@@ -157,6 +151,18 @@ def test_a_summary_without_its_resets_is_caught(monkeypatch: pytest.MonkeyPatch)
         test_summaries_compose((37,), "packed")
 
 
+def test_gradcheck_of_the_summary() -> None:
+    """Whose recurrence runs without queries: another path through the backward."""
+    k, v, log_decay, beta = (z.requires_grad_() for z in list(make_inputs(6).values())[1:5])
+    layout = Layout(packed_positions(6, first=2, cuts=(2,))[:1])
+    for here in (None, layout):
+        assert torch.autograd.gradcheck(
+            lambda *z, here=here: tuple(gated_delta_rule_summary(*z, layout=here)),
+            (k, v, log_decay, beta),
+            fast_mode=True,
+        )
+
+
 @pytest.mark.parametrize("slices", [2, 5])
 def test_summary_in_fp32(slices: int) -> None:
     """The error of the composed state is that of the state of one run."""
@@ -171,7 +177,7 @@ def test_summary_of_bf16_and_bad_shapes() -> None:
     k, v, log_decay, beta = (inputs[name] for name in ("k", "v", "log_decay", "beta"))
     transition, offset = gated_delta_rule_summary(k, v, log_decay, beta)
     assert transition.dtype == offset.dtype == torch.float32
-    assert (transition.shape, offset.shape) == ((1, 2, 4, 4), (1, 2, 4, 5))
+    assert (transition.shape, offset.shape) == ((1, 2, 4, 4), (1, 2, 4, 6))
     with pytest.raises(ValueError, match=r"gated_delta_rule_summary: beta has shape .*\[B, T, HV\] = \[1, 9, 2\]"):
         gated_delta_rule_summary(k, v, log_decay, beta[:, :3])
     with pytest.raises(ValueError, match="HV = 2 heads; must be a multiple of k's H = 3"):

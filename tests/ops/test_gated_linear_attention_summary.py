@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ops import Affine, Layout, gated_linear_attention, gated_linear_attention_summary
 from ops.gated_linear_attention import fla, reference
-from tests.ops.compare import assert_equal, error, evaluate, layouts
+from tests.ops.compare import assert_equal, error, evaluate, extreme_decays, layouts
 from tests.ops.largest import LargestTensor
 from tests.ops.test_gated_linear_attention import gla, make_inputs
 
@@ -45,9 +45,7 @@ def test_slices_from_composed_states_equal_the_whole(slices: int, kind: str) -> 
 
 def test_extreme_decays_and_fp32() -> None:
     inputs = make_inputs(TIME, keys=30, dtype=torch.float32)
-    decays = torch.tensor([0.0, -0.1, -3.0, -1e4, -torch.inf])
-    inputs["log_decay"] = decays[torch.randint(0, 5, inputs["log_decay"].shape)]
-    inputs["log_decay"][..., :5] = decays
+    inputs["log_decay"] = extreme_decays(*inputs["log_decay"].shape)
     for layout in layouts(TIME).values():
 
         def sliced(layout: Layout | None = layout, **arguments: Any) -> Any:

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from ops import linear_cross_entropy
 from ops.linear_cross_entropy import chunked, vocabulary_slice
 from ops.linear_cross_entropy import triton as kernels
-from tests.ops.compare import DEVICE, Inputs, assert_earned, assert_equal, error, evaluate
+from ops.linear_cross_entropy.tiles import tiles, write_product
+from tests.ops.compare import DEVICE, SLOW, Inputs, assert_earned, assert_equal, error, evaluate
 from tests.ops.largest import LargestTensor
 from tests.ops.vocabulary_slices import assert_slices_make_the_whole
 
@@ -86,6 +87,22 @@ def test_any_size_and_tile(tokens: int, entries: int, tile: tuple[int, int], see
     for a, b, c in zip(found, permuted, linear_cross_entropy(**inputs, labels=labels, impl="reference")):
         torch.testing.assert_close(a, c)
         torch.testing.assert_close(a[order], b)
+
+
+@pytest.mark.parametrize(
+    ("name", "mutant", "wrong"),
+    [
+        ("tiles", lambda *shape: list(tiles(*shape))[:-1], "d weight"),  # the last entries
+        ("add_product", write_product, "d x"),  # sums over tiles
+        ("_columns", lambda labels, n: (torch.zeros_like(labels)[:, None], labels < -1), "output"),  # labels' logits
+        ("add_product", lambda total, *_: total.zero_(), "d weight"),
+    ],
+)
+def test_a_dropped_term_is_caught(name: str, mutant: Any, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    op, inputs = partial(both, labels=make_labels(41, 131)), make_inputs(41, 131)
+    expected = evaluate(op, inputs, impl="reference")
+    monkeypatch.setattr(chunked, name, mutant)
+    assert error(evaluate(op, inputs, impl="chunked")[wrong], expected[wrong]) > 1e-3
 
 
 @pytest.mark.parametrize("cap", [None, 2.0])
@@ -178,7 +195,7 @@ def test_registered_ops(impl: str) -> None:
     torch.library.opcheck(op, (*numbers, x.detach(), weight.detach(), labels, 0, None, torch.float32))
 
 
-@pytest.mark.parametrize("impl", TIERS)
+@pytest.mark.parametrize("impl", ["chunked", pytest.param("triton", marks=SLOW)])
 def test_transposed_weight_compiles(impl: str) -> None:
     """Gradients are contiguous, as the fake implementation says, however their arguments lie in memory."""
     x, weight = torch.randn(9, 12, device=DEVICE), torch.randn(12, 30, device=DEVICE, requires_grad=True)

@@ -14,6 +14,7 @@ from ops.linear_cross_entropy import chunked
 from ops.linear_cross_entropy import triton as kernels
 from tests.ops.compare import (
     DEVICE,
+    SLOW,
     Inputs,
     assert_earned,
     assert_earned_bf16,
@@ -71,10 +72,7 @@ def test_bf16_error_is_earned(tokens: int, entries: int, cap: float | None) -> N
 
 @pytest.mark.parametrize(
     ("tokens", "entries", "cap"),
-    [
-        pytest.param(*case, marks=pytest.mark.slow if DEVICE == "cpu" else ())
-        for case in [(257, 1000, None), (257, 1000, 30.0), (513, 2050, 30.0)]
-    ],
+    [pytest.param(*case, marks=SLOW) for case in [(257, 1000, None), (257, 1000, 30.0), (513, 2050, 30.0)]],
 )
 def test_larger_sizes(tokens: int, entries: int, cap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "TILE", (512, 2048))

@@ -14,6 +14,7 @@ from ops import Layout, linear_scan
 from ops.linear_scan import chunked, triton
 from tests.ops.compare import (
     DEVICE,
+    SLOW,
     assert_packed_equals_separate,
     assert_split_equals_whole,
     layouts,
@@ -43,11 +44,13 @@ def scan_from(*, state: Tensor | None, **arguments: Any) -> tuple[Tensor, Tensor
     return scan(**arguments) if state is None else scan(**arguments, initial_state=state)
 
 
+@SLOW
 def test_packed_equals_separate() -> None:
     inputs = without_state(make_inputs(18, width=3, dtype=DTYPE))
     assert_packed_equals_separate(scan, inputs, impl="triton", tolerance=TOLERANCE)
 
 
+@SLOW
 def test_a_dropped_reset_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     real = triton._reset_bits
     monkeypatch.setattr(triton, "_reset_bits", lambda positions: real(positions + 1))
@@ -55,6 +58,7 @@ def test_a_dropped_reset_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         test_packed_equals_separate()
 
 
+@SLOW
 @pytest.mark.parametrize("kind", ["none", "packed"])
 def test_split_equals_whole(kind: str) -> None:
     inputs = {name: z for name, z in make_inputs(13, dtype=DTYPE).items() if name != "initial_state"}
@@ -62,6 +66,7 @@ def test_split_equals_whole(kind: str) -> None:
     assert_split_equals_whole(scan_from, inputs, cuts=(1, 8), impl="triton", tolerance=TOLERANCE, layout=layout)
 
 
+@SLOW
 @few_examples
 @given(
     time=st.integers(1, 10),
@@ -122,7 +127,7 @@ def test_compiles_whole_and_is_checkpointed(impl: str) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["chunked", pytest.param("triton", marks=SLOW)])
 def test_registered_ops(impl: str) -> None:
     """Fakes with the shapes and strides of the real outputs, no aliases, nothing written to, gradients registered."""
     inputs = make_inputs(5, batch=1, width=2, dtype=torch.float32)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ops import Affine, Layout, linear_scan_summary
 from ops.linear_scan import chunked
-from tests.ops.compare import DEVICE, Inputs, assert_equal, error, layouts, packed_positions
+from tests.ops.compare import DEVICE, SLOW, Inputs, assert_equal, error, layouts, packed_positions
 from tests.ops.test_linear_scan import make_inputs
 from tests.ops.test_linear_scan_properties import scan
-from tests.ops.test_linear_scan_triton import DTYPE, SLOW, TOLERANCE, short_words
+from tests.ops.test_linear_scan_triton import DTYPE, TOLERANCE, short_words
 
 __all__ = ["short_words"]  # a fixture that every test here uses
 
@@ -49,8 +49,10 @@ def run(inputs: Inputs, layout: Layout | None, borders: tuple[int, ...], impl: s
     ("slices", "impl", "kind"),
     [
         *product((2, 3, 5), ("chunked",), ("none", "packed", "continued")),
-        (3, "triton", "packed"),
-        *(pytest.param(n, "triton", kind, marks=SLOW) for n, kind in ((2, "none"), (5, "packed"), (5, "continued"))),
+        *(
+            pytest.param(n, "triton", kind, marks=SLOW)
+            for n, kind in ((2, "none"), (3, "packed"), (5, "packed"), (5, "continued"))
+        ),
     ],
 )
 def test_slices_are_the_whole(slices: int, impl: str, kind: str) -> None:
@@ -74,6 +76,15 @@ def test_summary_is_the_map_of_the_state(impl: str) -> None:
     torch.testing.assert_close(found.transition[1], inputs["log_decay"][1].sum(0).exp(), rtol=1e-6, atol=0)
     _, state = scan(**inputs, layout=layout, impl="reference")
     assert_equal({"state": found(inputs["initial_state"])}, {"state": state}, TOLERANCE)
+
+
+@pytest.mark.skipif(torch.float32 == DTYPE, reason="float64 runs under the interpreter only")
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+def test_gradcheck(impl: str) -> None:
+    inputs = make_inputs(5, width=2)
+    leaves = [inputs[name].requires_grad_() for name in ("x", "log_decay")]
+    layout = Layout(packed_positions(5, first=2, cuts=(2,)))
+    assert torch.autograd.gradcheck(lambda x, d: tuple(summary(x, d, layout, impl)), leaves, fast_mode=impl == "triton")
 
 
 def test_a_dropped_reset_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

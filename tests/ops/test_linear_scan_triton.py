@@ -15,10 +15,12 @@ from ops.linear_scan import triton
 from tests.ops.compare import (
     DEVICE,
     LENGTHS,
+    SLOW,
     assert_earned,
     assert_earned_bf16,
     assert_equal,
     evaluate,
+    extreme_decays,
     layouts,
     packed_positions,
 )
@@ -27,7 +29,6 @@ from tests.ops.test_linear_scan import make_inputs, scan
 INTERPRETED = DEVICE == "cpu"
 # float64 under the interpreter only.
 DTYPE, TOLERANCE = (torch.float64, 1e-13) if INTERPRETED else (torch.float32, 2e-6)
-SLOW = pytest.mark.slow if INTERPRETED else ()
 
 
 @pytest.fixture(autouse=True)
@@ -48,18 +49,23 @@ def real_words() -> None:
     ("time", "batch", "width", "kind", "with_state"),
     [
         (1, 2, 5, "none", True),
-        (1, 1, 64, "packed", False),
-        (2, 2, 3, "packed", True),
-        (3, 1, 5, "continued", True),
         (4, 1, 64, "none", True),
         (5, 1, 70, "none", False),
-        (7, 2, 5, "continued", False),
         (8, 1, 5, "packed", True),
-        (16, 1, 64, "continued", True),
         (17, 2, 3, "packed", True),
-        (18, 1, 65, "packed", False),
         (33, 1, 5, "continued", True),
-        (35, 1, 5, "none", True),
+        *(
+            pytest.param(*case, marks=SLOW)
+            for case in (
+                (1, 1, 64, "packed", False),
+                (2, 2, 3, "packed", True),
+                (3, 1, 5, "continued", True),
+                (7, 2, 5, "continued", False),
+                (16, 1, 64, "continued", True),
+                (18, 1, 65, "packed", False),
+                (35, 1, 5, "none", True),
+            )
+        ),
     ],
 )
 def test_equals_reference(time: int, batch: int, width: int, kind: str, with_state: bool) -> None:
@@ -100,10 +106,7 @@ def test_error_is_earned_everywhere(time: int, width: int, kind: str) -> None:
 def test_gate_of_one_and_total_decay(kind: str) -> None:
     """Decays of 1, of exp(-1e4) and of exactly 0 beside ordinary ones."""
     inputs = make_inputs(11, width=6, dtype=torch.float32)
-    values = torch.tensor([0.0, -0.1, -3.0, -1e4, -torch.inf])
-    inputs["log_decay"] = values[torch.randint(0, 5, inputs["log_decay"].shape)]
-    inputs["log_decay"][:, :, 0] = 0.0
-    inputs["log_decay"][:, :, 1] = -torch.inf
+    inputs["log_decay"] = extreme_decays(*inputs["log_decay"].shape)
     assert_earned(scan, inputs, impl="triton", layout=layouts(11)[kind])
 
 
@@ -168,7 +171,7 @@ def test_number_of_segments_compiles_nothing() -> None:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="float64 runs under the interpreter only")
-@pytest.mark.parametrize("time", [1, 9])
+@pytest.mark.parametrize("time", [1, pytest.param(9, marks=SLOW)])
 def test_gradcheck(time: int) -> None:
     inputs = make_inputs(time, batch=1, width=2)
     resets = triton._reset_bits(packed_positions(time, first=2, cuts=(4, 5))[:1])

@@ -14,9 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ops import rms_norm
 from ops.rms_norm import fla, triton
-from tests.ops.compare import DEVICE, Inputs, assert_earned, assert_earned_bf16, assert_equal, evaluate
+from tests.ops.compare import DEVICE, SLOW, Inputs, assert_earned, assert_earned_bf16, assert_equal, evaluate
 
-SLOW = pytest.mark.slow if DEVICE == "cpu" else ()
 IMPLS = ["chunked", "triton"]
 
 
@@ -185,7 +184,7 @@ def test_compiles_whole_and_is_checkpointed(impl: str) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("gated", [pytest.param(False, marks=SLOW), True])
 def test_ops_are_registered_right(gated: bool) -> None:
     inputs = {name: z.to(DEVICE) for name, z in make_inputs(2, 3, 16, gated=gated, dtype=torch.float32).items()}
     arguments = (inputs["x"], inputs["weight"], inputs.get("gate"))

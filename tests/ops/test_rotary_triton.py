@@ -10,9 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ops import rotary
 from ops.rotary import triton
-from tests.ops.compare import DEVICE, Inputs, assert_earned, assert_equal, error, evaluate, packed_positions
-
-SLOW = pytest.mark.slow if DEVICE == "cpu" else ()
+from tests.ops.compare import DEVICE, SLOW, Inputs, assert_earned, assert_equal, error, evaluate, packed_positions
 
 
 def turn(*, x: Tensor, impl: str = "triton", **options: Any) -> tuple[Tensor, None]:
