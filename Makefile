@@ -2,6 +2,7 @@
 # make test    the tests, under 15 minutes on two cores
 # make test-parallel    every arrangement of ranks for every family, five minutes on two cores
 # make test-faults      hundreds of kills, damaged checkpoints and full disks; half an hour on two cores
+# make test-slurm       the scripts of slurm/ on a real Slurm, started for it; a quarter of an hour on two cores
 # make check   formatter, linter, types, imports
 # make bench   each recurrence against its time loop
 #
@@ -17,7 +18,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 CONSTRAINTS = -c $$($(PY) -c 'import torch; print("constraints.txt" if torch.version.cuda else "constraints-cpu.txt")')
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-all test-parallel test-faults check bench format clean
+.PHONY: help setup demo test test-all test-parallel test-faults test-slurm check bench format clean
 .DEFAULT_GOAL := help
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -51,6 +52,9 @@ test-parallel: setup
 
 test-faults: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -s -m slow tests/faults
+
+test-slurm: setup
+	OMP_NUM_THREADS=1 $(PY) -m pytest -v -m 'slow or not slow' tests/slurm
 
 check: setup
 	$(PY) -m ruff format --check .

@@ -1,10 +1,12 @@
 """Looks a job's nodes over before hours are spent on them, and names the bad one.
 
-srun --ntasks-per-node=1 torchrun --nnodes 8 --nproc-per-node 8 ... -m parallel.preflight --directory runs/NAME
-torchrun --nproc-per-node 2 -m parallel.preflight --directory runs/NAME        one machine
+srun --ntasks-per-node=1 torchrun --nnodes 8 --nproc-per-node 8 ... -m parallel.preflight --directory runs
+torchrun --nproc-per-node 2 -m parallel.preflight --directory runs                  one machine
 
-Every node must have the same software, write to and see the same directory, compute as fast as the others and talk to
-its neighbours as fast as they do. Exit status 0: all do; 1: what is wrong, by node.
+First every rank looks at its own node and leaves word in torchrun's store, which needs no GPU: a node without its
+GPUs, or whose ranks do not answer, is named, where a process group would wait for it in vain. Then all ranks join:
+every node must write to and see the same directory, and talk to its neighbours as fast as others do. Exit status 0:
+nothing is wrong; 1: what is wrong, by node.
 """
 
 import argparse
@@ -15,151 +17,115 @@ import os
 import platform
 import shutil
 import socket
+import subprocess
 import sys
 import uuid
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from parallel.axes import Axis, make_groups
+from parallel.findings import Findings, RankReport, absent, describe, judge
 from parallel.grid import Grid, init_distributed
 from parallel.speed import all_reduce_speed, matmul_speed
 from training.environment import describe_environment
 
-SLOW_COMPUTE = 0.7
-"""Of the median rank's matrix products per second: below, the rank's device is called slow. Clocks of healthy GPUs of a
-kind differ by a few per cent."""
-
-SLOW_LINK = 0.5
-"""Of the median pair's bandwidth: below, the link is. Pairs under one switch and across two differ by less."""
+FREE_MEMORY = 0.9
+"""Of a GPU's memory: with less, somebody else's process is still on it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankReport:
-    """What one rank found.
-
-    Attributes:
-        node: the machine.
-        software: versions, by name, that must be equal on all nodes.
-        device: what it computes on.
-        tflops: of a matrix product, in 10^12 FLOP/s.
-        shared: what is wrong with the shared directory, seen from here; None: nothing.
-    """
-
-    node: str
-    software: dict[str, str]
-    device: str
-    tflops: float
-    shared: str | None = None
+def own_node() -> str:
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-@dataclass
-class Findings:
-    """What is wrong: of single nodes, which a scheduler may leave out, and between nodes, which it cannot mend."""
-
-    bad: dict[str, list[str]] = field(default_factory=dict)
-    unequal: list[str] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        return not self.bad and not self.unequal
-
-    def blame(self, node: str, problem: str) -> None:
-        problems = self.bad.setdefault(node, [])
-        if problem not in problems:
-            problems.append(problem)
-
-
-def judge(reports: Sequence[RankReport], links: Mapping[tuple[str, str], float]) -> Findings:
-    """What is wrong, from what all ranks found.
-
-    Args:
-        links: bandwidth of the pairs of nodes that were measured, in bytes a second.
-    """
-    findings = Findings()
-    for report in reports:
-        if report.shared:
-            findings.blame(report.node, report.shared)
-    for name in dict.fromkeys(name for report in reports for name in (*report.software, "device")):
-        _judge_equal(name, reports, findings)
-    typical = median(report.tflops for report in reports)
-    for report in reports:
-        if report.tflops < SLOW_COMPUTE * typical:
-            said = f"a device at {report.tflops:.3g} TFLOP/s, where the median is {typical:.3g}"
-            findings.blame(report.node, said)
-    _judge_links(links, findings)
-    return findings
-
-
-def _judge_equal(name: str, reports: Sequence[RankReport], findings: Findings) -> None:
-    """A value that few nodes have is wrong there; where no majority has one, between them."""
-    nodes: dict[str, set[str]] = defaultdict(set)
-    for report in reports:
-        nodes[report.device if name == "device" else report.software.get(name, "missing")].add(report.node)
-    if len(nodes) == 1:
-        return
-    ranked = sorted(nodes, key=lambda value: -len(nodes[value]))
-    usual, total = ranked[0], len({report.node for report in reports})
-    if 2 * len(nodes[usual]) <= total:
-        listed = "; ".join(f"{value} on {', '.join(sorted(nodes[value]))}" for value in ranked)
-        findings.unequal.append(f"{name} differs: {listed}")
-        return
-    for value in ranked[1:]:
-        for node in nodes[value]:
-            findings.blame(node, f"{name} {value}, where {len(nodes[usual])} of {total} nodes have {usual}")
-
-
-def _judge_links(links: Mapping[tuple[str, str], float], findings: Findings) -> None:
-    """A node is bad if all its links are slow; a slow link between others is said as it is."""
-    if len(links) < 2:
-        return
-    typical = median(links.values())
-    slow = [pair for pair, speed in links.items() if speed < SLOW_LINK * typical]
-    count, slow_count = (Counter(node for pair in pairs for node in pair) for pairs in (links, slow))
-    for pair in sorted(slow):
-        said = f"{links[pair] / 1e9:.3g} GB/s, where the median is {typical / 1e9:.3g}"
-        culprits = [node for node in pair if slow_count[node] == count[node]]
-        for node in culprits:
-            findings.blame(node, f"link between {pair[0]} and {pair[1]} at {said}")
-        if not culprits:
-            findings.unequal.append(f"link between {pair[0]} and {pair[1]} at {said}")
-
-
-def run(grid: Grid, directory: Path) -> tuple[list[RankReport], dict[tuple[str, str], float], float]:
-    """Measures. Collective.
-
-    Returns:
-        All ranks' reports, the bandwidth of neighbouring nodes, and of an all-reduce over all ranks, in bytes a second.
-    """
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+def look_at_own() -> RankReport:
+    """What this rank finds without the others: software, device, and how fast that computes."""
     environment = describe_environment({})
     software = {"python": platform.python_version(), "cuda": str(environment["cuda"])}
     software |= {name: str(found) for name, found in environment["packages"].items()}
     software["git revision"] = str(environment["git_revision"])
     software["uncommitted changes"] = _digest(environment["git_diff"])
-    report = RankReport(
-        node=node,
-        software=software,
-        device=environment["device"],
-        tflops=matmul_speed(grid.device) / 1e12,
-        shared=check_shared(grid, directory, node),
-    )
-    gathered: list[Any] = [None] * grid.world_size
-    dist.all_gather_object(gathered, report)
-    ranks: dict[str, list[int]] = defaultdict(list)
-    for rank, other in enumerate(gathered):
-        ranks[other.node].append(rank)
-    links = dict(_measure_links(grid, ranks))
-    return gathered, links, all_reduce_speed(Axis("world", grid.rank, tuple(range(grid.world_size))), grid.device)
+    report = RankReport(node=own_node(), software=software, device=environment["device"], tflops=0.0)
+    problem = _missing_gpus()
+    if problem is None:
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
+        try:
+            problem = _occupied(device)
+            report = dataclasses.replace(report, tflops=matmul_speed(device) / 1e12)
+        except RuntimeError as error:
+            problem = f"{device}: {str(error).splitlines()[0]}"
+    return dataclasses.replace(report, problem=problem)
 
 
 def _digest(text: str | None) -> str:
     return "none" if not text else hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _missing_gpus() -> str | None:
+    seen, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    given = int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
+    if seen < given or 0 < seen < ranks:
+        wanted = f"Slurm gave {given}" if seen < given else f"{ranks} ranks need one each"
+        return f"torch sees {seen} GPUs, where {wanted}"
+    return None
+
+
+def _occupied(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    if free >= FREE_MEMORY * total:
+        return None
+    return f"{device} has {free / 1e9:.0f} of {total / 1e9:.0f} GB free: another process holds the rest"
+
+
+def exchange(store: dist.Store, rank: int, size: int, own: RankReport, timeout: timedelta) -> list[RankReport] | None:
+    """All ranks' reports on the first rank, None on the others. Collective, over the store alone.
+
+    A rank that does not answer in time is missing from the list.
+    """
+    store.set(f"report_{rank}", json.dumps(dataclasses.asdict(own)))
+    if rank != 0:
+        return None
+    reports = []
+    for other in range(size):
+        try:
+            store.wait([f"report_{other}"], timeout)
+        except RuntimeError:
+            timeout = timedelta(seconds=1)  # the others have had theirs
+        else:
+            reports.append(RankReport(**json.loads(store.get(f"report_{other}"))))
+    return reports
+
+
+def nodes_of_job() -> list[str]:
+    """The nodes that Slurm gave the job; none outside of Slurm."""
+    if "SLURM_JOB_NODELIST" not in os.environ:
+        return []
+    command = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+
+
+def run(grid: Grid, directory: Path) -> tuple[list[str | None], dict[tuple[str, str], float], float]:
+    """What takes all ranks together. Collective.
+
+    Returns:
+        Each rank's problem with the directory, the bandwidth of neighbouring nodes, and of an all-reduce over all
+        ranks, in bytes a second.
+    """
+    problems = check_shared(grid, directory, own_node())
+    ranks: dict[str, list[int]] = defaultdict(list)
+    for rank, node in enumerate(grid.gather(own_node())):
+        ranks[node].append(rank)
+    links = dict(_measure_links(grid, ranks))
+    return problems, links, all_reduce_speed(Axis("world", grid.rank, tuple(range(grid.world_size))), grid.device)
 
 
 def _measure_links(grid: Grid, ranks: Mapping[str, Sequence[int]]) -> Iterator[tuple[tuple[str, str], float]]:
@@ -192,8 +158,8 @@ def ring_rounds(nodes: Sequence[str]) -> list[list[tuple[str, str]]]:
     return [one for one in rounds if one]
 
 
-def check_shared(grid: Grid, directory: Path, node: str) -> str | None:
-    """What is wrong with the directory from this rank's node; None if nothing is. Collective.
+def check_shared(grid: Grid, directory: Path, node: str) -> list[str | None]:
+    """What is wrong with the directory from each rank's node; None where nothing is. Collective.
 
     The first rank writes a word that all must read, every rank one that the first must find.
     """
@@ -223,21 +189,56 @@ def check_shared(grid: Grid, directory: Path, node: str) -> str | None:
             if problems[rank] is None and not (folder / f"rank_{rank}").exists():
                 problems[rank] = f"{directory} is not the one that the first rank sees; name a shared file system"
         shutil.rmtree(folder, ignore_errors=True)
-    return grid.broadcast(problems)[grid.rank]
+    return grid.broadcast(problems)
 
 
-def describe(reports: Sequence[RankReport], links: Mapping[tuple[str, str], float], overall: float) -> str:
-    """The measurements as a table, a node a line."""
-    lines = ["node                  ranks   device                          TFLOP/s   GB/s to its neighbours"]
-    for node in dict.fromkeys(report.node for report in reports):
-        own = [report for report in reports if report.node == node]
-        near = ((set(pair) - {node}, speed) for pair, speed in links.items() if node in pair)
-        speeds = ", ".join(f"{other}: {speed / 1e9:.3g}" for (other,), speed in near)
-        slowest = min(report.tflops for report in own)
-        lines.append(f"{node:<20}  {len(own):>5}   {own[0].device[:30]:<30}  {slowest:>7.3g}   {speeds}")
-    if len(reports) > 1:
-        lines.append(f"all-reduce over {len(reports)} ranks: {overall / 1e9:.3g} GB/s")
-    return "\n".join(lines)
+def look_over(directory: Path, timeout_minutes: float, tell: Callable[[Findings, list[RankReport]], None]) -> Findings:
+    """Measures and judges. Collective.
+
+    Args:
+        timeout_minutes: for any rank to answer.
+        tell: called on the first rank with the findings and all ranks' reports, before any rank leaves: a launcher
+            ends all when one has failed.
+
+    Returns:
+        The findings, on all ranks.
+    """
+    timeout = timedelta(minutes=timeout_minutes)
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    store = dist.HashStore() if size == 1 else next(iter(dist.rendezvous("env://", timeout=timeout)))[0]
+    store = dist.PrefixStore("preflight", store)
+    reports = exchange(store, rank, size, look_at_own(), timeout)
+    if reports is not None:
+        alone = absent(reports, size, nodes_of_job()) if len(reports) < size else judge(reports, {})
+        if not alone.ok:
+            tell(alone, reports)
+        store.set("findings", json.dumps(dataclasses.asdict(alone)))
+    store.wait(["findings"], 2 * timeout)
+    findings = Findings(**json.loads(store.get("findings")))
+    if not findings.ok:
+        return findings
+    grid = init_distributed(timeout_minutes)
+    problems, links, overall = run(grid, directory)
+    if reports is not None:
+        reports = [dataclasses.replace(one, problem=problem) for one, problem in zip(reports, problems, strict=True)]
+        findings = judge(reports, links)
+        print(describe(reports, links, overall), flush=True)
+        tell(findings, reports)
+    findings = grid.broadcast(findings)
+    grid.close()
+    return findings
+
+
+def tell(findings: Findings, reports: Sequence[RankReport], report: Path | None) -> None:
+    """Says what is wrong, and writes it as JSON."""
+    for node, problems in findings.bad.items():
+        print(f"preflight: {node}: {'; '.join(problems)}; leave the node out or repair it", file=sys.stderr)
+    for problem in findings.unequal:
+        print(f"preflight: {problem}; make the nodes alike", file=sys.stderr)
+    if report is not None:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        content = dataclasses.asdict(findings) | {"ranks": [dataclasses.asdict(one) for one in reports]}
+        report.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -248,20 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the findings there as JSON")
     parser.add_argument("--timeout-minutes", type=float, default=5.0, metavar="N", help="for any rank to answer (5)")
     options = parser.parse_args(argv)
-    grid = init_distributed(options.timeout_minutes)
-    reports, links, overall = run(grid, options.directory)
-    findings = judge(reports, links)
-    if grid.is_lead:
-        print(describe(reports, links, overall))
-        for node, problems in findings.bad.items():
-            print(f"preflight: {node}: {'; '.join(problems)}; leave the node out or repair it", file=sys.stderr)
-        for problem in findings.unequal:
-            print(f"preflight: {problem}; make the nodes alike", file=sys.stderr)
-        if options.report is not None:
-            options.report.parent.mkdir(parents=True, exist_ok=True)
-            content = dataclasses.asdict(findings) | {"ranks": [dataclasses.asdict(report) for report in reports]}
-            options.report.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    grid.close()
+    findings = look_over(options.directory, options.timeout_minutes, partial(tell, report=options.report))
     return 0 if findings.ok else 1
 
 

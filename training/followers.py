@@ -1,8 +1,8 @@
 """Starts a command for each new checkpoint of a run: `python -m training.followers RUN -- sbatch slurm/eval.sbatch`.
 
-The checkpoint's path is added to the command's end. Those that a command was started for are listed in
-`RUN/followed.txt`, so that whoever is started again, or beside another, starts none twice. Runs until it is ended, or
-with --once looks once.
+The checkpoint's path is added to the command's end; the environment's word on the Slurm job at hand is kept from it.
+Checkpoints that a command was started for are listed in `RUN/followed.txt`, so that whoever is started again, or
+beside another, starts none twice. Runs until it is ended, or with --once looks once.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from models.checkpoint import list_checkpoints
+from training.jobs import environment_outside
 
 FOLLOWED = "followed.txt"
 
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     def start(path: Path) -> None:
-        subprocess.run([*options.command, str(path)], check=True)
+        subprocess.run([*options.command, str(path)], env=environment_outside(), check=True)
 
     while True:
         try:

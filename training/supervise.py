@@ -5,11 +5,12 @@ one word on stdout, which the script obeys, and a line on stderr that says why:
 
     done      the run is finished
     again     start it again in this allocation, after a pause
-    over      another start of the job has been arranged: this one is requeued, or one without the bad nodes is queued
+    over      nothing is left to do in this allocation: the job is back in the queue, or was cancelled
     failed    somebody has to mend something first
 
 How training ended is told by `exit.json` (`training/ending.py`), which nodes are bad by the report of
 `python -m parallel.preflight`. Starts in a row that get no further are counted in `RUN/standstill.json`, and bounded.
+With --before, ahead of the first start: exit status 1 if another job trains in the run directory.
 """
 
 import argparse
@@ -18,19 +19,30 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from training.ending import MARKER
+from training.jobs import ENDING, Call, call, own_job, requeue, seconds_left
+from training.lock import LockError, hold
+from training.run_directory import LOCK
 
 STANDSTILL = "standstill.json"
 
 FIRST_PAUSE, LONGEST_PAUSE = 10.0, 600.0
 """Seconds before the first start after a crash; each further one waits twice as long, up to the longest."""
 
-Answer = Literal["done", "again", "requeue", "resubmit", "failed"]
+WORTH_A_START = 600.0
+"""Seconds. With less to the job's time limit a start after a crash would get nowhere before it is told to leave, if it
+can be told at all: processes that have just started die of the signal."""
+
+STARTS_WITHOUT_RUN = 2
+"""A start that is refused leaves no run; so does one whose ranks never met, for which once more is worth a try."""
+
+Answer = Literal["done", "again", "requeue", "over", "failed"]
 
 
 @dataclass(frozen=True)
@@ -63,95 +75,116 @@ class Decision:
 
     @property
     def pause(self) -> float:
-        """Seconds to wait before a start after a crash or a bad node."""
-        if self.answer not in ("again", "resubmit"):
+        """Seconds to wait before a start after a crash."""
+        if self.answer != "again":
             return 0.0
         return min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** max(0, self.standstill.count - 1))
 
 
-def decide(
-    ending: dict[str, Any] | None,
-    findings: dict[str, Any] | None,
-    saved: int | None,
-    before: Standstill,
-    max_standstill: int,
-) -> Decision:
-    """
-    Args:
+@dataclass(frozen=True)
+class Outcome:
+    """What a start left.
+
+    Attributes:
         ending: content of exit.json; None where training left none, as one that was killed.
         findings: of a pre-flight check that failed; None where training was started.
         saved: step of the newest checkpoint; None if there is none.
+        has_run: whether the run directory holds a run; a start that is refused makes none.
+        starts: in this allocation, this one among them.
+        left: seconds to the job's time limit; None if it has none.
+    """
+
+    ending: dict[str, Any] | None = None
+    findings: dict[str, Any] | None = None
+    saved: int | None = None
+    has_run: bool = True
+    starts: int = 1
+    left: float | None = None
+
+
+def decide(outcome: Outcome, before: Standstill, max_standstill: int) -> Decision:
+    """
+    Args:
         before: how the run stood still before this start.
         max_standstill: starts in a row that may get no further; with one more the job gives up.
     """
-    if findings is not None and not findings["bad"]:
-        return Decision("failed", f"pre-flight: {'; '.join(findings['unequal'])}", before)
+    ending, findings = outcome.ending, outcome.findings
+    after = before.after(outcome.saved)
     if findings is not None:
+        if not findings["bad"]:
+            return Decision("failed", f"pre-flight: {'; '.join(findings['unequal'])}", before)
         bad = (f"{node}: {', '.join(problems)}" for node, problems in findings["bad"].items())
-        said, answer = f"pre-flight: {'; '.join(bad)}", "resubmit"
+        exclude = tuple(sorted(findings["bad"]))
+        decision = Decision("requeue", f"pre-flight: {'; '.join(bad)}", after, exclude)
     elif ending is None:
-        said, answer = "killed, or never started", "again"
+        decision = Decision("again", "killed, or never started", after)
     else:
         said = f"{ending['reason']} at step {ending['step']}: {ending['detail']}"
         if ending["reason"] == "finished":
             return Decision("done", said)
         if not ending["resumable"]:
             return Decision("failed", said, before)
-        answer = "requeue" if ending["reason"] == "interrupted" else "again"
-    after = before.after(saved)
-    if after.count > max_standstill:
-        return Decision("failed", f"{after.count} starts in a row got no further; the last: {said}", after)
-    exclude = tuple(sorted(findings["bad"])) if findings is not None else ()
-    return Decision(answer, said, after, exclude)  # type: ignore[arg-type]
+        decision = Decision("requeue" if ending["reason"] == "interrupted" else "again", said, after)
+    return bounded(decision, outcome, max_standstill)
 
 
-def resubmission(job: dict[str, str], exclude: Sequence[str]) -> list[str]:
-    """The sbatch command of a job like this one, without some nodes, to start when this one has ended.
-
-    Args:
-        job: what `scontrol show job` says of it, by key. A running job's own nodes cannot be changed.
-    """
-    options = {
-        "dependency": f"afterany:{job['JobId']}",
-        "exclude": ",".join([*exclude, *(name for name in [job.get("ExcNodeList", "(null)")] if name != "(null)")]),
-        "job-name": job["JobName"],
-        "nodes": job["NumNodes"].split("-")[0],
-        "time": job["TimeLimit"],
-        "partition": job["Partition"],
-        "account": job.get("Account"),
-        "qos": job.get("QOS"),
-        "constraint": job.get("Features"),
-        "gres": job.get("TresPerNode", "(null)").removeprefix("gres:"),
-        "reservation": job.get("Reservation"),
-        "cpus-per-task": job.get("CPUs/Task"),
-        "output": job["StdOut"],
-    }
-    given = [f"--{key}={value}" for key, value in options.items() if value and value not in ("(null)", "N/A")]
-    return ["sbatch", "--parsable", "--requeue", "--open-mode=append", *given, *job["Command"].split()]
+def bounded(decision: Decision, outcome: Outcome, max_standstill: int) -> Decision:
+    """Gives up on a run that gets nowhere; leaves an allocation that is too short for another start."""
+    count = decision.standstill.count
+    if count > max_standstill:
+        why = f"{count} starts in a row got no further; the last: {decision.why}"
+        return replace(decision, answer="failed", why=why)
+    if decision.answer != "again":
+        return decision
+    if not outcome.has_run:
+        if outcome.starts < STARTS_WITHOUT_RUN:
+            return decision
+        return replace(decision, answer="failed", why=f"{outcome.starts} starts made no run; why stands further up")
+    if outcome.left is not None and outcome.left < decision.pause + WORTH_A_START:
+        return replace(
+            decision, answer="requeue", why=f"{decision.why}; {outcome.left:.0f} s of the allocation are left"
+        )
+    return decision
 
 
 def supervise(
-    run: Path, since: float, preflight: Path | None, max_standstill: int, call: Callable[..., str]
+    run: Path, since: float, preflight: Path | None, starts: int, max_standstill: int, call: Call
 ) -> Decision:
-    """Decides, keeps count, and queues a job without the bad nodes where that is the answer.
+    """Decides, and keeps count.
 
     Args:
         since: when the start was made, in seconds since 1970: an older exit.json is of an earlier one.
+        starts: in this allocation.
         call: runs a command of the scheduler and returns what it prints.
     """
-    kept, marker = run / STANDSTILL, run / MARKER
+    kept, marker, has_run = run / STANDSTILL, run / MARKER, (run / "config.yaml").exists()
     before = Standstill(**json.loads(kept.read_text())) if kept.exists() else Standstill()
     ending = json.loads(marker.read_text()) if marker.exists() else None
     if ending is not None and ending["time"] < since:
         ending = None
+    if ending is None and (busy := occupied(run)) is not None:
+        return Decision("failed", busy, before)
     findings = json.loads(preflight.read_text()) if preflight is not None and preflight.exists() else None
-    decision = decide(ending, findings, saved_step(run), before, max_standstill)
-    if run.exists():
+    job = own_job(call)
+    left = None if job is None else seconds_left(job, time.time())
+    decision = decide(Outcome(ending, findings, saved_step(run), has_run, starts, left), before, max_standstill)
+    if job is not None and decision.answer != "done" and job["JobState"] in ENDING:
+        return Decision("over", f"{decision.why}; Slurm is ending the job ({job['JobState']})", before)
+    if has_run:
         kept.write_text(json.dumps(asdict(decision.standstill)) + "\n")
-    if decision.answer == "resubmit":
-        words = call("scontrol", "--oneliner", "show", "job", os.environ["SLURM_JOB_ID"]).split()
-        call(*resubmission(dict(word.split("=", 1) for word in words if "=" in word), decision.exclude))
     return decision
+
+
+def occupied(run: Path) -> str | None:
+    """Who else trains in the run directory, in words; None if nobody does, or what is left of this very job."""
+    if not any((run / name).exists() for name in (LOCK, f"{LOCK}.owner")):
+        return None
+    with ExitStack() as guard:
+        try:
+            hold(run / LOCK, guard, doing="training")
+        except LockError as error:
+            return None if error.job is not None and error.job == os.environ.get("SLURM_JOB_ID") else str(error)
+    return None
 
 
 def saved_step(run: Path) -> int | None:
@@ -160,26 +193,37 @@ def saved_step(run: Path) -> int | None:
     return int(latest.readlink().name.removeprefix("step_")) if latest.is_symlink() else None
 
 
-def _call(*command: str) -> str:
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m training.supervise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    parser.add_argument("--since", type=float, required=True, metavar="SECONDS", help="when it was started (date +%%s)")
+    when = parser.add_mutually_exclusive_group(required=True)
+    when.add_argument("--before", action="store_true", help="look only whether another job trains there")
+    when.add_argument("--since", type=float, metavar="SECONDS", help="when it was started (date +%%s)")
     parser.add_argument("--preflight", type=Path, metavar="FILE", help="report of the pre-flight check, if that failed")
     parser.add_argument("--max-standstill", type=int, default=5, metavar="N", help="starts that get no further (5)")
+    parser.add_argument("--starts", type=int, default=1, metavar="N", help="made in this allocation (1)")
     options = parser.parse_args(argv)
-    decision = supervise(options.run, options.since, options.preflight, options.max_standstill, _call)
+    if options.before:
+        if (busy := occupied(options.run)) is not None:
+            print(f"supervise: {busy}", file=sys.stderr)
+        return int(busy is not None)
+    decision = supervise(options.run, options.since, options.preflight, options.starts, options.max_standstill, call)
     pause = f", in {decision.pause:.0f} s" if decision.pause else ""
     print(f"supervise: {decision.answer}{pause}: {decision.why}", file=sys.stderr, flush=True)
     time.sleep(decision.pause)
-    if decision.answer == "requeue":  # last: it ends the batch script, and this process with it
-        _call("scontrol", "requeue", os.environ["SLURM_JOB_ID"])
-    print({"requeue": "over", "resubmit": "over"}.get(decision.answer, decision.answer))
+    answer = decision.answer
+    if answer == "requeue":
+        answer = "over"
+        if (job := own_job(call)) is not None:
+            try:
+                requeue(job, decision.exclude, call)
+            except subprocess.CalledProcessError as error:
+                why = "submit it without --no-requeue, or submit it once more"
+                print(f"supervise: {' '.join(error.cmd)}: exit status {error.returncode}; {why}", file=sys.stderr)
+                answer = "failed"
+    print(answer)
     return 0
 
 

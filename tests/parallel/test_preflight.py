@@ -2,12 +2,20 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from parallel import preflight
+from parallel.findings import Findings, RankReport, absent, describe, judge
 from parallel.grid import Grid
-from parallel.preflight import Findings, RankReport, check_shared, describe, judge, ring_rounds, run
+from parallel.preflight import check_shared, exchange, look_at_own, main, ring_rounds, run
 
 SOFTWARE = {"torch": "2.13.0", "git revision": "abc"}
 
@@ -77,48 +85,117 @@ def test_a_round_holds_each_node_once_and_all_rounds_the_ring(count: int) -> Non
     assert pairs == {frozenset((nodes[i], nodes[(i + 1) % count])) for i in range(count)}
 
 
-def look(grid: Grid, directories: list[str], nodes: list[str]) -> tuple[Findings, list[RankReport], int]:
+def test_speeds_of_cpus_are_not_judged() -> None:
+    found = [dataclasses.replace(report, device="cpu, 1 threads a rank") for report in reports(4)]
+    found[3] = dataclasses.replace(found[3], tflops=1.0)
+    assert judge(found, ring(4) | {("n1", "n2"): 1.0}).ok
+
+
+def test_a_node_that_does_not_answer_is_named() -> None:
+    nodes = ["n0", "n1", "n2"]
+    found = reports(3)
+    assert absent(found, 6, nodes).ok
+    assert absent(found[:-1], 6, nodes).bad == {"n2": ["1 of its 2 ranks did not answer"]}
+    assert absent(found[2:], 6, nodes).bad == {"n0": ["2 of its 2 ranks did not answer"]}
+    assert absent(found[2:], 6, []).unequal == ["2 of 6 ranks did not answer; others did on n1, n2"]
+
+
+def test_the_first_rank_waits_once_for_those_that_never_answer() -> None:
+    store, (one, other) = dist.HashStore(), reports(2, per_node=1)
+    assert exchange(store, 2, 4, other, timedelta(seconds=1)) is None
+    start = time.monotonic()
+    assert exchange(store, 0, 4, one, timedelta(seconds=1)) == [one, other]
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("given", "seen", "ranks", "said"),
+    [
+        ("8", 7, "8", "torch sees 7 GPUs, where Slurm gave 8"),
+        ("8", 0, "1", "torch sees 0 GPUs, where Slurm gave 8"),
+        (None, 4, "8", "torch sees 4 GPUs, where 8 ranks need one each"),
+    ],
+)
+def test_a_missing_gpu_is_found_before_the_ranks_join(
+    given: str | None, seen: int, ranks: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    if given is not None:
+        monkeypatch.setenv("SLURM_GPUS_ON_NODE", given)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    assert look_at_own().problem == said
+
+
+def test_a_device_that_fails_or_is_in_use_is_a_problem_of_its_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(device: torch.device) -> float:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nmore")
+
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    monkeypatch.setattr(preflight, "matmul_speed", fail)
+    report = tmp_path / "found.json"
+    assert main(["--directory", str(tmp_path), "--report", str(report)]) == 1
+    assert json.loads(report.read_text())["bad"] == {"n7": ["cpu: CUDA error: uncorrectable ECC error encountered"]}
+    assert "n7: cpu: CUDA error: uncorrectable ECC error encountered; leave the node out" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30e9, 80e9))
+    assert preflight._occupied(torch.device("cpu")) is None
+    said = "cuda:0 has 30 of 80 GB free: another process holds the rest"
+    assert preflight._occupied(torch.device("cuda", 0)) == said
+
+
+def look(grid: Grid, directories: list[str], nodes: list[str]) -> tuple[list[str | None], dict[tuple[str, str], float]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURMD_NODENAME", nodes[grid.rank])
-        found, links, overall = run(grid, Path(directories[grid.rank]))
+        problems, links, overall = run(grid, Path(directories[grid.rank]))
+        own = look_at_own()
     assert overall > 0
-    assert nodes[0] in describe(found, links, overall)
-    # Two processes on a busy machine may differ in speed by any factor; this looks at all else.
-    found = [dataclasses.replace(report, tflops=1.0) for report in found]
-    return judge(found, links), found, len(links)
+    table = describe([dataclasses.replace(own, node=node) for node in nodes], links, overall)
+    assert [line.split()[0] for line in table.split("\n")[1:-1]] == list(dict.fromkeys(nodes))
+    return problems, links
 
 
 def test_ranks_look_at_each_other(ranks, tmp_path: Path) -> None:
     shared = str(tmp_path / "shared")
-    for findings, found, num_links in ranks(2).run(look, directories=[shared] * 2, nodes=["n0", "n1"]):
-        assert findings.ok, findings
-        assert [report.node for report in found] == ["n0", "n1"]
-        assert num_links == 1
+    for problems, links in ranks(2).run(look, directories=[shared] * 2, nodes=["n0", "n1"]):
+        assert problems == [None, None]
+        assert list(links) == [("n0", "n1")]
     assert list((tmp_path / "shared").iterdir()) == [], "the check leaves its files behind"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "nodes", [["n0", "n1", "n2"], ["n2", "n0", "n1"], ["n0", "n0", "n1", "n2"], ["n0", "n1", "n2", "n3"]]
+)
+def test_links_of_a_ring_are_measured(ranks, tmp_path: Path, nodes: list[str]) -> None:
+    """Ranks make each round's groups in one order, also those of a node that sits the round out."""
+    directories = [str(tmp_path)] * len(nodes)
+    for _, links in ranks(len(nodes)).run(look, directories=directories, nodes=nodes):
+        names = sorted(set(nodes))
+        pairs = zip(names, [*names[1:], names[0]], strict=True)
+        assert {frozenset(pair) for pair in links} == {frozenset(pair) for pair in pairs}
+        assert all(speed > 0 for speed in links.values())
 
 
 def test_a_directory_that_is_not_shared_names_the_node(ranks, tmp_path: Path) -> None:
     directories = [str(tmp_path / "here"), str(tmp_path / "elsewhere")]
-    for findings, _, _ in ranks(2).run(look, directories=directories, nodes=["n0", "n1"]):
-        assert list(findings.bad) == ["n1"]
-        assert "a file system that all nodes share" in findings.bad["n1"][0]
+    for problems, _ in ranks(2).run(look, directories=directories, nodes=["n0", "n1"]):
+        assert problems[0] is None
+        assert "a file system that all nodes share" in str(problems[1])
 
 
-def shared(grid: Grid, directory: str) -> str | None:
+def shared(grid: Grid, directory: str) -> list[str | None]:
     return check_shared(grid, Path(directory), "n")
 
 
 def test_a_directory_that_cannot_be_written_to_is_said(ranks, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for problem in ranks(2).run(shared, directory=str(tmp_path / "file" / "below")):
-        assert problem is not None
-        assert "cannot be written to" in problem
+    for problems in ranks(2).run(shared, directory=str(tmp_path / "file" / "below")):
+        assert all("cannot be written to" in str(problem) for problem in problems)
 
 
 def test_the_command_reports_and_exits(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     command = [sys.executable, "-m", "parallel.preflight", "--directory", str(tmp_path), "--report"]
     done = subprocess.run([*command, str(tmp_path / "found.json")], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,6 @@ import getpass
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -15,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 SEARCH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
@@ -41,7 +42,7 @@ class Cluster:
         self.nodes = [f"n{i}" for i in range(nodes)]
         self.environment = os.environ | {"SLURM_CONF": str(directory / "slurm.conf"), "PATH": SEARCH}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        ports = _free_ports(nodes + 1)
+        ports = free_ports(nodes + 1)
         (directory / "slurm.conf").write_text(self._configuration(ports, cpus))
 
     def _configuration(self, ports: list[int], cpus: int) -> str:
@@ -61,16 +62,17 @@ class Cluster:
             "SlurmctldLogFile": here / "slurmctld.log",
             "SlurmdLogFile": here / "slurmd-%n.log",
             "ProctrackType": "proctrack/pgid",
-            "TaskPlugin": "task/none",
-            "SelectType": "select/linear",
+            "TaskPlugin": "task/affinity",
+            "SelectType": "select/cons_tres",
+            "SelectTypeParameters": "CR_Core",
             "MpiDefault": "none",
             "JobAcctGatherType": "jobacct_gather/none",
             "AccountingStorageType": "accounting_storage/none",
             "SlurmdParameters": "config_overrides",  # both nodes claim this machine's cores
             "ReturnToService": 2,
             "JobRequeue": 1,
-            "KillWait": 10,
-            "SlurmdTimeout": 10,
+            "KillWait": 120,
+            "SlurmdTimeout": 30,
             "MinJobAge": 3600,
             "SchedulerParameters": "sched_interval=1,bf_interval=1,defer_batch=0",
         }
@@ -103,24 +105,44 @@ class Cluster:
         self._start(node, "slurmd", "-D", "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """As a power cut would: the daemon and whatever it started."""
+        """As a power cut would: the daemon, and the jobs' processes on the node."""
         process = self._processes.pop(node)
-        for step in _descendants(process.pid):
-            _kill(step)
         process.kill()
         process.wait()
+        for one in self.processes(node):
+            _kill(one)
+
+    def processes(self, node: str) -> list[psutil.Process]:
+        """Of jobs on the node, and the daemons of their steps."""
+        return [process for process in self._ours() if _node_of(process) == node]
+
+    def _ours(self) -> Iterator[psutil.Process]:
+        """Whatever runs with this cluster's configuration: its daemons and jobs.
+
+        A step's daemon is nobody's child and writes its title over its environment, but has its node's log open.
+        """
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                logs = [file.path for file in process.open_files()] if process.name() == "slurmstepd" else []
+                known = process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]
+                if known or any(Path(log).parent == self.directory for log in logs):
+                    yield process
 
     def states(self) -> dict[str, str]:
         """Node -> state in words, as sinfo tells."""
         lines = self.run("sinfo", "--noheader", "--Node", "--format=%N %T").split("\n")
         return dict(line.split() for line in lines if line)
 
+    def hostnames(self, nodes: str) -> list[str]:
+        """n[0-1] -> n0, n1."""
+        return self.run("scontrol", "show", "hostnames", nodes).split()
+
     def submit(self, *arguments: str | Path, **variables: str) -> int:
         """The number of a job submitted by sbatch."""
         out = self.run("sbatch", "--parsable", *arguments, **variables)
         return int(out.split(";")[0])
 
-    def job(self, number: int) -> dict[str, str]:
+    def job(self, number: int | str) -> dict[str, str]:
         """What `scontrol show job` says, by key."""
         words = self.run("scontrol", "--oneliner", "show", "job", str(number)).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
@@ -161,17 +183,24 @@ class Cluster:
         files = sorted(self.directory.glob("*.log"))
         return "\n".join(f"--- {file.name}\n" + "\n".join(file.read_text().split("\n")[-25:]) for file in files)
 
+    def clear(self) -> None:
+        """Cancels all jobs, and waits until their nodes are free."""
+        numbers = self.run("squeue", "--noheader", "--format=%A").split()
+        if numbers:
+            self.run("scancel", *numbers)
+        self.until(lambda: self.states() == dict.fromkeys(self.nodes, "idle"), "idle nodes", 180)
+
     def stop(self) -> None:
-        for process in reversed(self._processes.values()):
-            for step in _descendants(process.pid):
-                _kill(step)
-            process.terminate()
+        """Ends everything that was started."""
         for process in self._processes.values():
-            try:
-                process.wait(timeout=3)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.kill()
+            process.wait()
+        end = time.monotonic() + 10
+        while left := list(self._ours()):
+            assert time.monotonic() < end, f"still running: {left}"
+            for one in left:
+                _kill(one)
+            time.sleep(0.1)
 
     def _start(self, name: str, *command: str) -> None:
         program = shutil.which(command[0], path=SEARCH)
@@ -183,7 +212,7 @@ class Cluster:
 
 
 @contextmanager
-def running_cluster(directory: Path, nodes: int = 2, cpus: int = 2) -> Iterator[Cluster]:
+def running_cluster(directory: Path, nodes: int, cpus: int = 2) -> Iterator[Cluster]:
     cluster = Cluster(directory, nodes, cpus)
     try:
         cluster.start()
@@ -192,7 +221,7 @@ def running_cluster(directory: Path, nodes: int = 2, cpus: int = 2) -> Iterator[
         cluster.stop()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))
@@ -202,15 +231,17 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def _descendants(pid: int) -> list[int]:
-    """Children before their own."""
-    try:
-        children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-    return [*children, *(grandchild for child in children for grandchild in _descendants(child))]
+def _node_of(process: psutil.Process) -> str | None:
+    """The node of a job's process or a step's daemon; None of other daemons."""
+    with suppress(psutil.Error):
+        if process.name() != "slurmstepd":
+            return process.environ().get("SLURMD_NODENAME")
+        for file in process.open_files():
+            if (name := Path(file.path).name).startswith("slurmd-"):
+                return name.removeprefix("slurmd-").removesuffix(".log")
+    return None
 
 
-def _kill(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+def _kill(process: psutil.Process) -> None:
+    with suppress(psutil.Error):
+        process.kill()

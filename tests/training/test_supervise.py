@@ -1,14 +1,19 @@
 """What a batch job does after training: each way to end has its answer, and nothing goes on for ever."""
 
 import json
+import subprocess
 import time
+from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from training.ending import write_ending
-from training.supervise import Decision, Standstill, decide, main, resubmission, supervise
+from training.jobs import environment_outside
+from training.lock import hold
+from training.supervise import Decision, Outcome, Standstill, decide, main, occupied, supervise
 
 FRESH = Standstill()
 
@@ -18,16 +23,16 @@ def ending(reason: str, *, resumable: bool = True) -> dict[str, Any]:
 
 
 def test_each_end_has_its_answer() -> None:
-    assert decide(ending("finished", resumable=False), None, 10, FRESH, 5).answer == "done"
-    assert decide(ending("interrupted"), None, 10, FRESH, 5).answer == "requeue"
-    assert decide(ending("failed"), None, 10, FRESH, 5).answer == "again"
-    assert decide(ending("failed", resumable=False), None, 10, FRESH, 5).answer == "failed"
-    assert decide(None, None, 10, FRESH, 5).answer == "again"
+    assert decide(Outcome(ending("finished", resumable=False), saved=10), FRESH, 5).answer == "done"
+    assert decide(Outcome(ending("interrupted"), saved=10), FRESH, 5).answer == "requeue"
+    assert decide(Outcome(ending("failed"), saved=10), FRESH, 5).answer == "again"
+    assert decide(Outcome(ending("failed", resumable=False), saved=10), FRESH, 5).answer == "failed"
+    assert decide(Outcome(None, saved=10), FRESH, 5).answer == "again"
     bad = {"bad": {"n3": ["slow"], "n1": ["old torch"]}, "unequal": []}
-    found = decide(None, bad, 10, FRESH, 5)
-    assert (found.answer, found.exclude) == ("resubmit", ("n1", "n3"))
+    found = decide(Outcome(None, bad, saved=10), FRESH, 5)
+    assert (found.answer, found.exclude) == ("requeue", ("n1", "n3"))
     assert "n3: slow" in found.why
-    found = decide(None, {"bad": {}, "unequal": ["torch differs"]}, 10, FRESH, 5)
+    found = decide(Outcome(None, {"bad": {}, "unequal": ["torch differs"]}, saved=10), FRESH, 5)
     assert (found.answer, found.why) == ("failed", "pre-flight: torch differs")
 
 
@@ -36,15 +41,17 @@ def test_starts_that_get_no_further_are_bounded(how: str | None) -> None:
     told = ending(how) if how else None
     before, answers = Standstill(2, 100), []
     for _ in range(3):
-        decision = decide(told, None, 100, before, 5)
+        decision = decide(Outcome(told, saved=100), before, 5)
         before = decision.standstill
         answers.append(decision.answer)
     assert answers == [answers[0]] * 3
     assert answers[0] != "failed"
-    decision = decide(told, None, 100, before, 5)
+    decision = decide(Outcome(told, saved=100), before, 5)
     assert decision.answer == "failed"
     assert "6 starts in a row got no further" in decision.why
-    assert decide(told, None, 101, before, 5).standstill == Standstill(0, 101), "a later checkpoint counts as progress"
+    assert decide(Outcome(told, saved=101), before, 5).standstill == Standstill(0, 101), (
+        "a later checkpoint counts as progress"
+    )
 
 
 def test_each_crash_waits_longer_up_to_ten_minutes() -> None:
@@ -53,25 +60,20 @@ def test_each_crash_waits_longer_up_to_ten_minutes() -> None:
     assert Decision("requeue", "", Standstill(3)).pause == 0
 
 
-def test_a_job_like_this_one_is_submitted_without_the_nodes() -> None:
-    shown = {
-        "JobId": "7",
-        "JobName": "rondo",
-        "NumNodes": "8-8",
-        "TimeLimit": "1-00:00:00",
-        "Partition": "main",
-        "Account": "(null)",
-        "QOS": "high",
-        "ExcNodeList": "n9",
-        "TresPerNode": "gres:gpu:8",
-        "StdOut": "/logs/rondo-7.log",
-        "Command": "/x/slurm/train.sbatch train.steps=5",
-    }
-    command = resubmission(shown, ["n1", "n3"])
-    assert command[0] == "sbatch"
-    assert command[-2:] == ["/x/slurm/train.sbatch", "train.steps=5"]
-    assert {"--exclude=n1,n3,n9", "--nodes=8", "--gres=gpu:8", "--dependency=afterany:7", "--qos=high"} < set(command)
-    assert not any("null" in word for word in command)
+def test_a_crash_shortly_before_the_time_limit_is_started_anew_in_another_allocation() -> None:
+    found = decide(Outcome(ending("failed"), saved=10, left=630.0), Standstill(2, 10), 5)
+    assert (found.answer, found.pause) == ("requeue", 0)
+    assert "630 s of the allocation are left" in found.why
+    assert decide(Outcome(None, saved=10, left=650.0), Standstill(2, 10), 5).answer == "again"
+    assert decide(Outcome(ending("failed", resumable=False), saved=10, left=1.0), FRESH, 5).answer == "failed"
+    assert decide(Outcome(ending("failed"), saved=10, left=1.0), Standstill(5, 10), 5).answer == "failed"
+
+
+def test_a_start_that_makes_no_run_is_tried_once_more() -> None:
+    """As one that is refused; the second would find its way into the next allocation, and all that follow."""
+    assert decide(Outcome(None, has_run=False, starts=1, left=100.0), FRESH, 5).answer == "again"
+    found = decide(Outcome(None, has_run=False, starts=2, left=100.0), FRESH, 5)
+    assert (found.answer, found.why) == ("failed", "2 starts made no run; why stands further up")
 
 
 def checkpoint(run: Path, step: int) -> None:
@@ -79,42 +81,137 @@ def checkpoint(run: Path, step: int) -> None:
     latest = run / "checkpoints" / "latest"
     latest.unlink(missing_ok=True)
     latest.symlink_to(f"step_{step:08d}")
+    (run / "config.yaml").write_text("")
+
+
+@pytest.fixture(autouse=True)
+def outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
 
 
 def never(*command: str) -> str:
     raise AssertionError(f"called {command}")
 
 
+class Scheduler:
+    """Says of job 7 what it is told to, and lists what else is asked of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **job: str) -> None:
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        shown = {"JobId": "7", "JobState": "RUNNING", "TimeLimit": "UNLIMITED", "EndTime": "Unknown"} | job
+        self.shown = " ".join(f"{key}={value}" for key, value in shown.items())
+        self.asked: list[str] = []
+        monkeypatch.setattr("training.supervise.call", self)
+        monkeypatch.setattr("signal.signal", lambda *of: None)
+
+    def __call__(self, *command: str) -> str:
+        if command[1:] == ("--oneliner", "show", "job", "7"):
+            return self.shown
+        self.asked.append(" ".join(command))
+        return ""
+
+
 def test_an_ending_of_an_earlier_start_is_not_taken_for_this_one_s(tmp_path: Path) -> None:
     checkpoint(tmp_path, 10)
     write_ending(tmp_path, "finished", "all steps", step=10, resumable=False)
-    assert supervise(tmp_path, 0.0, None, 5, never).answer == "done"
-    found = supervise(tmp_path, time.time() + 1, None, 5, never)
+    assert supervise(tmp_path, 0.0, None, 1, 5, never).answer == "done"
+    found = supervise(tmp_path, time.time() + 1, None, 1, 5, never)
     assert (found.answer, found.why) == ("again", "killed, or never started")
 
 
 def test_the_count_is_kept_between_starts(tmp_path: Path) -> None:
     checkpoint(tmp_path, 10)
-    counts = [supervise(tmp_path, 0.0, None, 5, never).standstill.count for _ in range(3)]
+    counts = [supervise(tmp_path, 0.0, None, 1, 5, never).standstill.count for _ in range(3)]
     assert counts == [0, 1, 2]
     checkpoint(tmp_path, 20)
-    assert supervise(tmp_path, 0.0, None, 5, never).standstill.count == 0
+    assert supervise(tmp_path, 0.0, None, 1, 5, never).standstill.count == 0
 
 
-def test_bad_nodes_are_left_out_by_a_new_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
+def test_bad_nodes_are_left_out_when_the_job_is_queued_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     report = tmp_path / "preflight.json"
     report.write_text(json.dumps({"bad": {"n1": ["slow"]}, "unequal": []}))
-    called: list[tuple[str, ...]] = []
+    scheduler = Scheduler(monkeypatch, ExcNodeList="n9")
+    assert main([str(tmp_path / "run"), "--since", "0", "--preflight", str(report)]) == 0
+    assert scheduler.asked == ["scontrol requeue 7", "scontrol update JobId=7 ExcNodeList=n9,n1"]
+    assert capsys.readouterr().out == "over\n"
 
-    def call(*command: str) -> str:
-        called.append(command)
-        return "JobId=7 JobName=rondo NumNodes=2 TimeLimit=60 Partition=main StdOut=/log Command=/train.sbatch"
 
-    assert supervise(tmp_path / "run", 0.0, report, 5, call).answer == "resubmit"
-    assert called[0][:4] == ("scontrol", "--oneliner", "show", "job")
-    assert "--exclude=n1" in called[1]
-    assert len(called) == 2
+def test_an_interrupted_job_is_queued_again_unless_somebody_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint(tmp_path, 10)
+    write_ending(tmp_path, "interrupted", "SIGTERM", step=10, resumable=True)
+    scheduler = Scheduler(monkeypatch, ExcNodeList="(null)")
+    main([str(tmp_path), "--since", "0"])
+    assert scheduler.asked == ["scontrol requeue 7"]
+    for state in ("CANCELLED", "COMPLETING", "PREEMPTED"):
+        scheduler = Scheduler(monkeypatch, JobState=state)
+        found = supervise(tmp_path, 0.0, None, 1, 5, scheduler)
+        assert (found.answer, scheduler.asked) == ("over", [])
+        assert state in found.why
+
+
+def test_a_job_that_cannot_be_queued_again_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_ending(tmp_path, "interrupted", "SIGTERM", step=10, resumable=True)
+    scheduler = Scheduler(monkeypatch)
+
+    def refuse(*command: str) -> str:
+        if command[1] == "requeue":
+            raise subprocess.CalledProcessError(1, command)
+        return scheduler(*command)
+
+    monkeypatch.setattr("training.supervise.call", refuse)
+    main([str(tmp_path), "--since", "0"])
+    captured = capsys.readouterr()
+    assert captured.out == "failed\n"
+    assert "submit it without --no-requeue" in captured.err
+
+
+def test_the_time_left_is_read_from_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint(tmp_path, 10)
+    soon = datetime.fromtimestamp(time.time() + 100).isoformat(timespec="seconds")
+    scheduler = Scheduler(monkeypatch, TimeLimit="02:00:00", EndTime=soon)
+    assert supervise(tmp_path, 0.0, None, 1, 5, scheduler).answer == "requeue"
+    later = datetime.fromtimestamp(time.time() + 5000).isoformat(timespec="seconds")
+    assert (
+        supervise(tmp_path, 0.0, None, 1, 5, Scheduler(monkeypatch, TimeLimit="02:00:00", EndTime=later)).answer
+        == "again"
+    )
+
+
+def test_a_run_directory_in_use_is_refused_before_the_first_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path / "run"), "--before"]) == 0
+    assert not (tmp_path / "run").exists()
+    assert main([str(tmp_path), "--before"]) == 0
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    with ExitStack() as guard:
+        hold(tmp_path / ".lock", guard, doing="training")
+        assert occupied(tmp_path) is None, "what is left of this very job"
+        monkeypatch.delenv("SLURM_JOB_ID")
+        assert main([str(tmp_path), "--before"]) == 1
+        assert "of job 4711" in capsys.readouterr().err
+        assert supervise(tmp_path, 0.0, None, 1, 5, never).answer == "failed"
+        assert not (tmp_path / "standstill.json").exists(), "another job's count"
+    assert main([str(tmp_path), "--before"]) == 0
+
+
+def test_what_a_job_submits_sees_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_GPUS_PER_NODE", "8")
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    monkeypatch.setenv("SLURM_CONF", "/somewhere")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "mine")
+    environment = environment_outside()
+    assert "SLURM_GPUS_PER_NODE" not in environment
+    assert "SLURMD_NODENAME" not in environment
+    assert environment["SLURM_CONF"] == "/somewhere"
+    assert environment["SBATCH_ACCOUNT"] == "mine"
 
 
 def test_the_command_answers_with_one_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
