@@ -2,7 +2,8 @@
 
 Classes differ in what they get right. Here none is trusted with padding on the left, nor with a cache that is
 continued by several tokens: rows are scored from their beginning, padded on the right alone, and prompts are continued
-together with others of their own length only.
+together with others of their own length only. What transformers samples depends on the rows beside it: prompts that
+are sampled from are continued one by one, each with a seed of its own.
 """
 
 import json
@@ -15,7 +16,7 @@ import torch
 
 from data.synthetic import NO_TARGET
 from eval.load import check_vocabulary
-from eval.model import Row, Scores, batches, check_rows, in_batches
+from eval.model import Row, Scores, batches, check_rows
 from eval.sampling import Sampling
 
 POSITION_LIMITS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length")
@@ -60,7 +61,7 @@ class ForeignModel:
 
         self.tokenizer = ForeignTokenizer(directory, trust_remote_code=trust_remote_code)
         self.model: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, trust_remote_code=trust_remote_code
+            directory, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
         )
         model: Any = self.model
         model.to(device).eval()
@@ -113,22 +114,23 @@ class ForeignModel:
                     "a position; shorten the prompt, or ask for fewer tokens"
                 )
 
-        def of_batch(batch: list[Sequence[int]], numbers: list[int]) -> list[Any]:
-            return [result(tokens) for tokens in self._continue(batch, sampling, finished)]
-
-        lengths = {len(prompt) for prompt in prompts}
+        by_length: dict[int, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            by_length.setdefault(len(prompt), []).append(i)
+        at_once = self.batch_size if sampling.temperature == 0 else 1
         results: dict[int, Any] = {}
-        for length in lengths:
-            members = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-            found = in_batches(of_batch, [prompts[i] for i in members], self.batch_size)
-            results |= zip(members, found, strict=True)
+        for members in by_length.values():
+            for group in batches(members, at_once):
+                added = self._continue([prompts[i] for i in group], sampling, group[0], finished)
+                results |= zip(group, map(result, added), strict=True)
         return [results[i] for i in range(len(prompts))]
 
     @torch.no_grad()
     def _continue(
-        self, prompts: list[Sequence[int]], sampling: Sampling, finished: Callable[[list[int]], bool]
+        self, prompts: list[Sequence[int]], sampling: Sampling, number: int, finished: Callable[[list[int]], bool]
     ) -> list[list[int]]:
-        """Of prompts of equal length, by the class's own `generate`; without EOS and what comes after it."""
+        """Of prompts of equal length, by the class's own `generate`; without EOS and what comes after it. One that is
+        sampled from draws by its `number`."""
         input_ids = torch.tensor(prompts, device=self.device)
         length = input_ids.shape[1]
         settings: dict[str, Any] = {"do_sample": sampling.temperature > 0}
@@ -143,7 +145,7 @@ class ForeignModel:
             return torch.tensor([finished(row[length:].tolist()) for row in ids], device=ids.device)
 
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(sampling.seed)
+            torch.manual_seed(int(np.random.SeedSequence([sampling.seed, number]).generate_state(1)[0]))
             out = self.model.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),

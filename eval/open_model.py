@@ -1,5 +1,6 @@
 """A model to evaluate from whatever a user names."""
 
+import difflib
 import hashlib
 import json
 from pathlib import Path
@@ -11,6 +12,18 @@ from data.tokenizer import Tokenizer
 from eval.load import check_vocabulary, load_checkpoint
 from eval.model import EvalModel, LocalModel
 from models.checkpoint import MANIFEST, META
+
+MODEL_FILES = (
+    "*config.json",
+    "*.safetensors*",
+    "tokenizer*",
+    "*.model",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "*.py",
+)
+"""What of a Hugging Face directory is the model."""
 
 
 class Opened(NamedTuple):
@@ -45,8 +58,9 @@ def _open_directory(path: Path, device: torch.device | str, batch_size: int, tru
     from models.hf.importing import load_directory, open_directory, open_tokenizer
     from models.hf.registry import by_model_type
 
-    kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if by_model_type(kind) is not None:
+    settings = _settings(path)
+    kind = settings.get("model_type")
+    if by_model_type(str(kind)) is not None:
         own = open_tokenizer(open_directory(path))
         tokenizer: Any = ForeignTokenizer(path) if own is None else Tokenizer(own)
         model = load_directory(path).to(device)
@@ -55,6 +69,7 @@ def _open_directory(path: Path, device: torch.device | str, batch_size: int, tru
         return Opened(local, f"{path} ({kind}, as Rondo's own)", _digest(path))
     if not any(path.glob("*.safetensors")):
         raise ValueError(f"{path}: a Hugging Face directory without *.safetensors; export or download its weights")
+    _require_class(path, settings, trust_remote_code)
     try:
         foreign = ForeignModel(path, device, batch_size=batch_size, trust_remote_code=trust_remote_code)
     except (ImportError, KeyError) as error:
@@ -64,12 +79,46 @@ def _open_directory(path: Path, device: torch.device | str, batch_size: int, tru
     return Opened(foreign, f"{path} ({kind}, by transformers)", _digest(path))
 
 
+def _require_class(path: Path, settings: dict[str, Any], trust_remote_code: bool) -> None:
+    """Raises ValueError unless transformers has the class, or the directory brings it and may run it."""
+    import transformers
+
+    kind, known = settings.get("model_type"), transformers.CONFIG_MAPPING
+    if kind in known or (trust_remote_code and settings.get("auto_map")):
+        return
+    where = path / "config.json"
+    if settings.get("auto_map"):
+        code = ", ".join(sorted(file.name for file in path.glob("*.py"))) or "files that lie elsewhere"
+        raise ValueError(
+            f"{where}: auto_map: {kind!r} is a class of {code}, which do not run unasked; read them, then give "
+            "--trust-remote-code"
+        )
+    close = difflib.get_close_matches(str(kind), known.keys(), n=1)
+    raise ValueError(
+        f"{where}: model_type: {kind!r}; transformers {transformers.__version__} has no such class, and the directory "
+        "brings none; " + (f"did you mean {close[0]}?" if close else "install the version that it was saved with")
+    )
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """What `config.json` says."""
+    try:
+        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.json'}: cannot be read ({error}); fetch it again") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path / 'config.json'}: holds no mapping; fetch it again")
+    return settings
+
+
 def _digest(path: Path) -> str:
-    """Of a directory's configuration, tokenizer and the sizes and times of its weights."""
+    """Of a directory's configuration, tokenizer and code, and the sizes and times of its weights; of nothing that an
+    evaluation leaves there."""
     found = hashlib.sha256()
-    for file in sorted(path.iterdir()):
-        if file.suffix in (".json", ".model", ".py"):
+    for file in sorted({file for pattern in MODEL_FILES for file in path.glob(pattern) if file.is_file()}):
+        found.update(file.name.encode())
+        if file.suffix == ".safetensors":
+            found.update(f"{file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+        else:
             found.update(file.read_bytes())
-        elif file.is_file():
-            found.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     return found.hexdigest()

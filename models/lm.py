@@ -45,8 +45,8 @@ class Head(nn.Module):
         tied: the embedding whose matrix is used, or None for a matrix of its own.
 
     Attributes:
-        judges: while it is set, what a label yields beside its nll is not the log normaliser but 1 where the label is
-            the most likely token, else 0.
+        judges: while it is a number, what a label yields beside its nll is not the log normaliser but the most likely
+            of so many first entries.
     """
 
     def __init__(self, config: ModelConfig, tied: Embedding | None, *, device_type: str = "cpu") -> None:
@@ -55,7 +55,7 @@ class Head(nn.Module):
         self.weight = tied.weight if tied is not None else nn.Parameter(torch.empty(config.vocab_size, config.width))
         self.tied = tied is not None
         self.logit_soft_cap = config.logit_soft_cap
-        self.judges = False
+        self.judges: int | None = None
         choice = (config.impl or {}).get("linear_cross_entropy", "auto")
         self.impl = resolve_impl("linear_cross_entropy", choice, device_type)
 
@@ -70,7 +70,7 @@ class Head(nn.Module):
             nll, log_z = linear_cross_entropy(
                 x, self.weight, labels, logit_soft_cap=self.logit_soft_cap, impl=self.impl
             )
-            return nll, (likeliest(x, self.weight)[1] == labels).to(nll.dtype) if self.judges else log_z
+            return nll, log_z if self.judges is None else likeliest(x, self.weight[: self.judges])[1].to(nll.dtype)
         logits = nn.functional.linear(x, self.weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.logit_soft_cap is None:

@@ -84,6 +84,8 @@ def _import(options: argparse.Namespace) -> str:
         f"{options.target}: {parameters}, {compared}",
         f"{options.target}.yaml: a run that trains it on; set its data",
     ]
+    if directory.left_out:
+        lines.append(f"left out, as the class computes nothing with them: {', '.join(directory.left_out)}")
     if tokenizer is None:
         lines.append(
             "no tokenizer: the directory's is no SentencePiece model (tokenizer.model), the only kind data.prepare "
@@ -118,7 +120,7 @@ def _export(options: argparse.Namespace) -> str:
     agreement = export(
         options.source,
         options.target,
-        [path.read_text(encoding="utf-8") for path in options.text],
+        [_text(path) for path in options.text],
         format_name=options.format,
         dtype=options.dtype,
         max_shard_bytes=parse_size(options.max_shard_size),
@@ -129,6 +131,13 @@ def _export(options: argparse.Namespace) -> str:
         f"{agreement.logits_tokens:,} tokens, the same most likely token at {agreement.top_1:.2%}, "
         f"{agreement.generated_tokens} tokens generated alike, {agreement.texts} texts tokenized alike"
     )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--text: {path}; must be a text in UTF-8 ({error}); name another, or leave it out") from error
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ CARD = """\
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- {model_type}
-- rondo
+{tags}
 ---
 
 # {name}
@@ -82,7 +81,7 @@ def model_card(
     ]
     return CARD.format(
         name=name,
-        model_type=stored_as.model_type,
+        tags="\n".join(f"- {tag}" for tag in dict.fromkeys((stored_as.model_type, "rondo"))),
         architecture=stored_as.architecture,
         library=stored_as.library,
         mixers=" and ".join(dict.fromkeys(config.layers)),
@@ -106,11 +105,11 @@ def _architecture(config: ModelConfig) -> Iterator[tuple[str, str]]:
     yield "Parameters", f"{config.num_params():,}"
     yield "Width", f"{config.width:,}"
     yield f"{len(config.layers)} layers", ", ".join(f"{count} {kind}" for kind, count in runs)
-    for kind in ("local_attention", "attention"):
+    for kind, label in (("local_attention", "Local attention"), ("attention", "Attention")):
         if kind in config.layers:
             attention = config.mixer(kind)
             window = f", window of {attention.window:,} tokens" if kind == "local_attention" else ""
-            yield "Attention", f"{attention.heads} heads, {attention.kv_heads} for keys{window}"
+            yield label, f"{attention.heads} heads, {attention.kv_heads} for keys{window}"
     yield "Vocabulary", f"{config.vocab_size:,}"
 
 

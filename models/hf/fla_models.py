@@ -242,6 +242,7 @@ GATED_DELTANET = Format(
     fits=lambda config: obstacles("flash-linear-attention's GatedDeltaNet", _delta_requirements(config)),
     config_json=_delta_json,
     tensors=split_convolution(NAMES.tensors),
+    unused=(".attn.D",),  # until March 2025
     model_config=_delta_config,
     load_for_check=_load,
     notes=NOTES,

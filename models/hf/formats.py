@@ -82,6 +82,8 @@ class Format:
             them.
         layouts: other ways, besides `tensors`, in which directories of the class name and cut their tensors; read,
             never written.
+        unused: ends of the names of tensors that earlier versions of the class stored and computed nothing with; an
+            import leaves them out.
         model_config: the inverse of `config_json`, of a `config.json` that others wrote, its defaults included. None
             where such directories are not imported. Raises ValueError, naming key, value and way out, where Rondo has
             no such model.
@@ -102,6 +104,7 @@ class Format:
     model_config: Callable[[Mapping[str, Any]], ModelConfig] | None
     load_for_check: Callable[[Path], Loaded]
     layouts: tuple[Layout, ...] = ()
+    unused: tuple[str, ...] = ()
     write_files: Callable[[ModelConfig, Path], None] | None = None
     notes: tuple[str, ...] = ()
     snippet: str = ""

@@ -40,6 +40,7 @@ class Directory:
     Attributes:
         shapes: of the parameters that `config`'s model has.
         tensors: what the directory holds of them.
+        left_out: names of what it holds besides, of no meaning to its class (`Format.unused`).
         values: what `config.json` says.
     """
 
@@ -48,6 +49,7 @@ class Directory:
     config: ModelConfig
     shapes: Shapes
     tensors: Sequence[Stored]
+    left_out: Sequence[str]
     weights: Weights
     values: Mapping[str, Any]
 
@@ -87,8 +89,8 @@ def open_directory(path: Path) -> Directory:
     shapes = parameter_shapes(config)
     layouts = [layout(config, shapes) for layout in (stored_as.tensors, *stored_as.layouts)]
     tensors = min(layouts, key=lambda tensors: _distance(tensors, weights))
-    _match(path, stored_as, config, tensors, weights)
-    return Directory(path, stored_as, config, shapes, tensors, weights, values)
+    left_out = _match(path, stored_as, config, tensors, weights)
+    return Directory(path, stored_as, config, shapes, tensors, left_out, weights, values)
 
 
 def load_directory(path: Path) -> LM:
@@ -223,8 +225,9 @@ def _distance(tensors: Sequence[Stored], weights: Weights) -> int:
     return len({(tensor.name, tensor.shape) for tensor in tensors} ^ set(weights.shapes.items()))
 
 
-def _match(path: Path, stored_as: Format, config: ModelConfig, tensors: list[Stored], weights: Weights) -> None:
-    """Raises ValueError unless the directory holds just these tensors; a tied head may lie there as well."""
+def _match(path: Path, stored_as: Format, config: ModelConfig, tensors: list[Stored], weights: Weights) -> list[str]:
+    """Raises ValueError unless the directory holds just these tensors; a tied head may lie there as well, and those
+    that the class has no use for, which are returned."""
     wanted = {tensor.name: tensor for tensor in tensors}
     found = dict(weights.shapes)
     embedding = next(tensor.name for tensor in tensors if tensor.source == "embed.weight")
@@ -237,7 +240,9 @@ def _match(path: Path, stored_as: Format, config: ModelConfig, tensors: list[Sto
                 f"tie_word_embeddings to false, or remove {HEAD}, whichever the model was trained with"
             )
     missing = [name for name in wanted if name not in found]
-    extra = [name for name in found if name not in wanted]
+    more = [name for name in found if name not in wanted]
+    left_out = [name for name in more if name.endswith(stored_as.unused)]
+    extra = [name for name in more if name not in left_out]
     unequal = [
         f"{name} {list(found[name])} instead of {list(tensor.shape)}"
         for name, tensor in wanted.items()
@@ -247,7 +252,7 @@ def _match(path: Path, stored_as: Format, config: ModelConfig, tensors: list[Sto
         f"{name} {weights.dtypes[name]}" for name in wanted if name in found and weights.dtypes[name] not in READABLE
     ]
     if not (missing or extra or unequal or odd):
-        return
+        return left_out
     hint = "take the config.json and the weights from one place"
     if missing == [HEAD]:
         hint = "set tie_word_embeddings to true if the head is the embedding"

@@ -29,7 +29,8 @@ def load_transformers(model_class: Any, directory: Path, **options: Any) -> Load
 
     @torch.no_grad()
     def generate(prompt: Tensor, count: int) -> Tensor:
-        return model.generate(prompt, max_new_tokens=count, do_sample=False)
+        every = torch.ones_like(prompt)  # also what looks like padding
+        return model.generate(prompt, attention_mask=every, max_new_tokens=count, do_sample=False)
 
     how = f"loaded with transformers' `{type(model).__name__}`, logits and greedy generation compared"
     return Loaded(logits, generate, how)

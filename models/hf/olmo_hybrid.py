@@ -26,8 +26,8 @@ OUTPUT_NORM_EPS = 1e-5
 
 _MLP = {"mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"}
 _DELTA = {
-    "mixer_norm": "attention_layer_norm",
-    "mlp_norm": "feedforward_layer_norm",
+    "mixer_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
     "mixer.": "linear_attn.",
     "mixer.decay_proj": "linear_attn.a_proj",
     "mixer.beta_proj": "linear_attn.b_proj",
@@ -54,20 +54,17 @@ def _names(delta: dict[str, str], attention: dict[str, str]) -> Names:
 
 
 NAMES = _names({}, {})
-"""As the published weights have them, which every version of the class loads."""
+"""As Olmo-Hybrid-7B's weights have them: the class's own names, but for a convolution of each projection."""
 
-SAVED_NAMES = _names({}, {"mixer_norm": "feedforward_layer_norm"})
+_EARLIER = {"mixer_norm": "attention_layer_norm", "mlp_norm": "feedforward_layer_norm"}
+EARLIER_NAMES = _names(_EARLIER, {})
+"""With other names of the norms before recurrent layers, which the class reads as well."""
+
+SAVED_NAMES = _names(_EARLIER, {"mixer_norm": "feedforward_layer_norm"})
 """As transformers' save_pretrained writes them: it turns a name back in all layers alike, and cuts the convolution in
 three equal parts."""
 
-OWN_NAMES = _names(
-    {
-        "mixer_norm": "input_layernorm",
-        "mlp_norm": "post_attention_layernorm",
-        "mixer.conv": "linear_attn.conv1d",
-    },
-    {},
-)
+OWN_NAMES = _names({"mixer.conv": "linear_attn.conv1d"}, {})
 """As the class calls its parameters: one convolution."""
 
 
@@ -195,7 +192,11 @@ OLMO_HYBRID = Format(
     fits=_fits,
     config_json=_config_json,
     tensors=split_convolution(NAMES.tensors),
-    layouts=(split_convolution(SAVED_NAMES.tensors, in_thirds), OWN_NAMES.tensors),
+    layouts=(
+        split_convolution(EARLIER_NAMES.tensors),
+        split_convolution(SAVED_NAMES.tensors, in_thirds),
+        OWN_NAMES.tensors,
+    ),
     model_config=_model_config,
     load_for_check=_load,
     notes=(

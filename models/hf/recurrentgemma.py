@@ -124,7 +124,8 @@ def _config_json(config: ModelConfig, ids: TokenIds) -> dict[str, Any]:
 
 
 def _model_config(values: Mapping[str, Any]) -> ModelConfig:
-    theirs: Any = RecurrentGemmaConfig.from_dict(dict(values))
+    published = {"block_types": values["_block_types"]} if "_block_types" in values else {}
+    theirs: Any = RecurrentGemmaConfig.from_dict(published | dict(values))
     kinds = {there: here for here, there in BLOCK_TYPES.items()}
     pattern, depth = theirs.block_types, theirs.num_hidden_layers
     for kind in pattern:

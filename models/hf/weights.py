@@ -76,6 +76,9 @@ def write_weights(directory: Path, files: list[WeightsFile], dtype: torch.dtype,
 
     Args:
         read: a parameter of the model by its name, fp32.
+
+    Raises:
+        OSError: a file cannot be written, for example as the disk is full.
     """
     for file in files:
         held: dict[str, Tensor] = {}  # the parameter that several tensors are parts of is read once
@@ -84,7 +87,12 @@ def write_weights(directory: Path, files: list[WeightsFile], dtype: torch.dtype,
             if tensor.source not in held:
                 held = {tensor.source: read(tensor.source)}
             contents[tensor.name] = tensor.cut(held[tensor.source]).to(stored_dtype(tensor, dtype))
-        save_file(contents, directory / file.name, metadata={"format": "pt"})
+        try:
+            save_file(contents, directory / file.name, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(
+                f"{directory / file.name}: cannot be written ({error}); make room, or name another"
+            ) from error
     if len(files) > 1:
         index = {
             "metadata": {"total_size": sum(file.num_bytes for file in files)},

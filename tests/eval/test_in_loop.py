@@ -12,13 +12,15 @@ import torch
 
 from configs.schema import ConfigError, RunConfig, load_config
 from data.loader import Batch
+from data.tokenizer import Tokenizer
 from eval.in_loop import LoopModel, in_words, pack, tasks_of
 from eval.model import EvalModel, LocalModel, Row, Scores, continuation
 from eval.sampling import Sampling
 from eval.tasks import TASKS
 from models.lm import LM
 from parallel.grid import Grid
-from tests.eval.lm_eval_tasks import write_tasks
+from tests.eval.lm_eval_tasks import GENERATION, write_tasks
+from tests.models.griffin import griffin, griffin_config
 from tests.parallel.engines import Split, engine_of, global_batch, learning_rate, microbatches
 from tests.parallel.mixed import TIME, config_of
 
@@ -62,19 +64,28 @@ def expected() -> list[Scores]:
     return LocalModel(LM(config_of()), None).score(some_rows())
 
 
-def scores(grid: Grid, splits: list[Split]) -> list[list[tuple[Any, Any]]]:
-    return [
-        [tuple(found) for found in loop_model(engine_of(grid, split, config_of())).score(some_rows())]
-        for split in splits
-    ]
+PROMPTS = [[2, 3, 4], [2], [5, 6, 7, 8, 9], [2, 9], [7]]
+GREEDY = Sampling(max_tokens=4, temperature=0)
 
 
-@pytest.mark.parametrize(("size", "splits"), [(2, TWO), (4, FOUR)])
-def test_scores_are_those_of_one_process(ranks: Any, expected: list[Scores], size: int, splits: list[Split]) -> None:
-    """Likelihoods, and which labels are the most likely tokens, on every rank."""
+def answers(grid: Grid, splits: list[Split]) -> list[tuple[list[tuple[Any, Any]], list[list[int]]]]:
+    """Scores of rows and continuations of prompts by ranks none of which is told that it holds all."""
+    found = []
+    for split in splits:
+        model = loop_model(engine_of(grid, split, config_of()))
+        found.append(([tuple(scores) for scores in model.score(some_rows())], model.generate(PROMPTS, GREEDY)))
+    return found
+
+
+@pytest.mark.parametrize(("size", "splits"), [(2, TWO), pytest.param(4, FOUR, marks=pytest.mark.slow)])
+def test_answers_are_those_of_one_process(ranks: Any, expected: list[Scores], size: int, splits: list[Split]) -> None:
+    """Likelihoods, which labels are the most likely tokens, and greedy continuations, on every rank."""
+    alone = LocalModel(LM(config_of()), None).generate(PROMPTS, GREEDY)
+    assert len(set(map(tuple, alone))) > 1
     assert 0 < sum(one.hit.sum() for one in expected) < sum(len(one.hit) for one in expected)
-    for of_rank in ranks(size).run(scores, splits=splits):
-        for split, found in zip(splits, of_rank, strict=True):
+    for of_rank in ranks(size).run(answers, splits=splits):
+        for split, (found, continued) in zip(splits, of_rank, strict=True):
+            assert continued == alone, split
             for (nll, hit), one in zip(found, expected, strict=True):
                 np.testing.assert_allclose(nll, one.nll, rtol=1e-5, atol=1e-5, err_msg=str(split))
                 assert (hit == one.hit).all(), split
@@ -95,7 +106,9 @@ def steps(grid: Grid, split: Split, asked: bool) -> list[tuple]:
     return found
 
 
-@pytest.mark.parametrize("split", [Split(), Split(pipeline=2)], ids=["data", "pipeline"])
+@pytest.mark.parametrize(
+    "split", [pytest.param(Split(), marks=pytest.mark.slow), Split(pipeline=2)], ids=["data", "pipeline"]
+)
 def test_steps_do_not_notice(ranks: Any, split: Split) -> None:
     """To the bit."""
     with_tasks, without = (ranks(2).run(steps, split=split, asked=asked) for asked in (True, False))
@@ -104,13 +117,11 @@ def test_steps_do_not_notice(ranks: Any, split: Split) -> None:
 
 def continued(grid: Grid) -> list[list[int]]:
     engine = engine_of(grid, Split(), config_of())
-    prompts = [[2, 3, 4], [2], [5, 6, 7, 8, 9], [2, 9], [7]]
-    return loop_model(engine, whole=engine.module).generate(prompts, Sampling(max_tokens=4, temperature=0))
+    return loop_model(engine, whole=engine.module).generate(PROMPTS, GREEDY)
 
 
 def test_prompts_are_dealt_to_data_ranks(ranks: Any) -> None:
-    prompts = [[2, 3, 4], [2], [5, 6, 7, 8, 9], [2, 9], [7]]
-    alone = LocalModel(LM(config_of()), None).generate(prompts, Sampling(max_tokens=4, temperature=0))
+    alone = LocalModel(LM(config_of()), None).generate(PROMPTS, GREEDY)
     assert ranks(2).run(continued) == [alone, alone]
 
 
@@ -120,9 +131,9 @@ class OneRank:
     def __init__(self, model: LM) -> None:
         self.model, self.batches = model, []
 
-    def judge(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def judge(self, batch: Batch, among: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         self.batches.append(batch)
-        self.model.head.judges = True
+        self.model.head.judges = among or 61
         with torch.no_grad():
             return self.model(batch.input_ids, batch.positions, batch.labels)
 
@@ -130,9 +141,8 @@ class OneRank:
 def of_one_rank(model: LM, **changes: Any) -> tuple[OneRank, LoopModel]:
     engine = OneRank(model)
     settings: dict[str, Any] = {"data_rank": 0, "data_ranks": 1, "rows": 2, "longest": TIME, "vocab_size": 61}
-    return engine, LoopModel(
-        engine.judge, add_up=lambda z: z, collect=lambda z: [z], tokenizer=None, whole=model, **settings | changes
-    )
+    settings |= {"tokenizer": None, "whole": model} | changes
+    return engine, LoopModel(engine.judge, add_up=lambda z: z, collect=lambda z: [z], **settings)
 
 
 def test_rows_share_the_rows_that_a_run_trains_on(expected: list[Scores]) -> None:
@@ -145,6 +155,27 @@ def test_rows_share_the_rows_that_a_run_trains_on(expected: list[Scores]) -> Non
     assert model.score([]) == []
     with pytest.raises(ValueError, match=r"^rows\[0\]: 25 tokens; at most 24 .*raise eval\.tasks_length"):
         model.score([continuation([2], [3] * 25)])
+
+
+def test_texts_of_ranks_that_hold_parts() -> None:
+    """Until EOS or a stop string, each row by itself, of the tokenizer's tokens alone."""
+    tokenizer = Tokenizer(TOKENIZER)
+    model = griffin(griffin_config(vocab_size=tokenizer.vocab_size + 64)).eval()
+    with torch.no_grad():
+        model.embed.weight[tokenizer.vocab_size :] *= 9  # rows without a token are the likeliest
+    sampling, prompts = Sampling(max_tokens=12, temperature=0), [[2, 7, 9], [2], [2, 300, 301, 302]]
+    local = LocalModel(model, tokenizer)
+    free = local.generate_texts(prompts, sampling)
+    stops = [free[0][3:5], "\n"]
+    engine, parts = of_one_rank(model, tokenizer=tokenizer, whole=None, vocab_size=tokenizer.vocab_size + 64)
+    assert parts.generate_texts(prompts, sampling) == free
+    assert parts.generate(prompts, sampling) == local.generate(prompts, sampling)
+    looks = len(engine.batches)
+    assert parts.generate_texts(prompts, sampling, stops) == local.generate_texts(prompts, sampling, stops)
+    assert looks > 0
+    assert parts.generate_texts([], sampling) == []
+    with pytest.raises(ValueError, match=r"^prompts\[1\]: 14 tokens and 12 to add; .*raise eval\.tasks_length"):
+        parts.generate([[2], [2] * 14], sampling)
 
 
 def test_packing_wastes_little_and_forgets_nothing() -> None:
@@ -195,7 +226,10 @@ class Speaks:
             {"eval__tasks": ["speaks"], "eval__task_options": {"speaks": {"length": 49}}},
             r"eval\.task_options\.speaks\.length: 49; must be at most 48",
         ),
-        ({"eval__tasks": ["speaks"], "parallel__sequence": 2}, r"eval\.tasks: speaks continues prompts, but no rank"),
+        (
+            {"eval__tasks": ["speaks"], "parallel__sequence": 2},
+            r"eval\.tasks: speaks continues prompts with tokens that it draws, but no rank",
+        ),
         ({"eval__tasks": ["speaks"], "parallel__zero_stage": 3}, r"eval\.tasks: speaks continues prompts"),
         ({"eval__tasks": ["speaks"], "parallel__pipeline": 2}, r"eval\.tasks: speaks continues prompts"),
         (
@@ -203,9 +237,10 @@ class Speaks:
             r"eval\.tasks_length: 9; must be a multiple of parallel\.sequence \(2\): choose e\.g\. 10",
         ),
         (
-            {"eval__tasks": ["tiny_generation"], "parallel__tensor": 2},
-            r"eval\.tasks: tiny_generation continues prompts",
+            {"eval__tasks": ["tiny_drawing"], "parallel__tensor": 2},
+            r"eval\.tasks: tiny_drawing continues prompts with tokens that it draws",
         ),
+        ({"eval__tasks": ["tiny_beams"]}, r"tasks: tiny_beams: generation_kwargs: num_beams; known are "),
         ({"eval__tasks": ["tiny_choice"], "no_tokenizer": True}, r"eval\.tasks: tiny_choice needs text, but the data"),
     ],
 )
@@ -216,6 +251,9 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_built(
 
     monkeypatch.setitem(TASKS, "speaks", Speaks)
     include = write_tasks(tmp_path / "tasks")
+    for name, settings_of in {"tiny_drawing": "do_sample: true", "tiny_beams": "num_beams: 4"}.items():
+        text = GENERATION.replace("tiny_generation", name).replace("do_sample: false", settings_of)
+        (include / f"{name}.yaml").write_text(text)
 
     def local(**_: Any) -> Any:  # indexing all tasks takes half a minute
         return TaskManager(include_path=str(include), include_defaults=False)
@@ -225,6 +263,14 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_built(
     with pytest.raises(ValueError, match=f"^{message}") as caught:
         tasks_of(described(**settings, eval__tasks_every=2, eval__tasks_include=str(include)), path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_greedy_task_is_asked_of_ranks_that_hold_parts(tmp_path: Path) -> None:
+    include = write_tasks(tmp_path / "tasks")
+    settings = {"eval__tasks": ["tiny_generation", "tiny_choice"], "eval__tasks_every": 2}
+    for split in ("pipeline", "tensor", "sequence"):
+        changes = {f"parallel__{split}": 2, "eval__tasks_include": str(include)}
+        assert list(tasks_of(described(**settings, **changes), TOKENIZER)) == settings["eval__tasks"]
 
 
 def test_tasks_and_their_times_are_given_together() -> None:

@@ -1,6 +1,8 @@
 """Scores against the full forward: in chunks, batches, behind shared beginnings; and what is refused."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +182,73 @@ def test_a_foreign_model_is_scored_and_continued(transformer: Path) -> None:
     assert (
         opened.model.generate_texts(prompts, sampling, ["zzz", texts[1][1:2]])[1] == texts[1].partition(texts[1][1])[0]
     )
+
+
+def test_what_a_foreign_model_samples_does_not_depend_on_the_batch(transformer: Path) -> None:
+    prompts, sampling = [[2, 5, 9], [2], [2, 5, 8], [2, 5, 9]], Sampling(max_tokens=5, seed=1)
+    together, alone = (ForeignModel(transformer, batch_size=n).generate(prompts, sampling) for n in (8, 1))
+    assert together == alone
+    assert together[0] != together[3], "equal prompts draw numbers of their own"
+    other = Sampling(max_tokens=5, seed=2)
+    assert ForeignModel(transformer).generate(prompts, other) != together
+
+
+def test_the_digest_is_of_the_model_alone(transformer: Path, tmp_path: Path) -> None:
+    """Answers are kept by it: results written beside the model must not make it another one."""
+    shutil.copytree(transformer, tmp_path / "gpt2")
+    digest = open_model(tmp_path / "gpt2").digest
+    (tmp_path / "gpt2" / "results.json").write_text("{}")
+    assert open_model(tmp_path / "gpt2").digest == digest
+    settings = tmp_path / "gpt2" / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"layer_norm_epsilon": 1e-3}))
+    assert open_model(tmp_path / "gpt2").digest != digest
+
+
+PARROT = """
+from transformers import GPT2Config, GPT2LMHeadModel
+
+print("the directory's code runs")
+
+
+class ParrotConfig(GPT2Config):
+    model_type = "parrot"
+
+
+class ParrotForCausalLM(GPT2LMHeadModel):
+    config_class = ParrotConfig
+"""
+
+
+def test_code_of_a_directory_runs_only_when_asked(
+    transformer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from eval.__main__ import main
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    directory = tmp_path / "parrot"
+    shutil.copytree(transformer, directory)
+    settings = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(settings | {"model_type": "parrot"}))
+    text = tmp_path / "text.txt"
+    text.write_text("words")
+    arguments = [str(directory), "--tasks", "bits_per_byte", "--set", f"bits_per_byte.path={text}"]
+    assert main(arguments) == 1
+    assert re.search(r"config.json: model_type: 'parrot'; transformers .* has no such class", capsys.readouterr().err)
+    classes = {"AutoConfig": "parrot.ParrotConfig", "AutoModelForCausalLM": "parrot.ParrotForCausalLM"}
+    (directory / "config.json").write_text(json.dumps(settings | {"model_type": "parrot", "auto_map": classes}))
+    (directory / "parrot.py").write_text(PARROT)
+    assert main(arguments) == 1
+    out, error = capsys.readouterr()
+    assert error.count("\n") == 1
+    assert "auto_map: 'parrot' is a class of parrot.py, which do not run unasked; read them, then give --trust" in error
+    assert "code runs" not in out
+    assert not (directory / "results.json").exists()
+    assert main([*arguments, "--trust-remote-code"]) == 0
+    assert "the directory's code runs" in capsys.readouterr().out
+    found = json.loads((directory / "results.json").read_text())["results"]["bits_per_byte"]["loss"]
+    assert main([str(transformer), *arguments[1:], "--output", str(tmp_path / "plain.json")]) == 0
+    plain = json.loads((tmp_path / "plain.json").read_text())["results"]["bits_per_byte"]["loss"]
+    assert found == pytest.approx(plain, rel=1e-6)
 
 
 def test_a_positional_limit_is_kept(transformer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

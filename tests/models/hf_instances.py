@@ -38,7 +38,8 @@ def _build(name: str) -> Any:
 
         modeling = import_without("transformers.models.olmo_hybrid.modeling_olmo_hybrid", "fla", "causal_conv1d")
         ids = {"pad_token_id": None, "eos_token_id": None}
-        return modeling.OlmoHybridForCausalLM(OlmoHybridConfig(**SIZES, **ids, num_attention_heads=4))
+        settings = SIZES | ids | {"num_attention_heads": 4, "rope_parameters": {"rope_theta": None}}  # as published
+        return modeling.OlmoHybridForCausalLM(OlmoHybridConfig(**settings))
     import fla.models
 
     if name == "fla_hgrn2":

@@ -1,30 +1,25 @@
 """There and back: instances of published classes become checkpoints, train on, and are the same class again."""
 
-import subprocess
-import sys
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from configs.schema import load_config
 from models.checkpoint import read_weights, verify
 from models.hf.__main__ import main
 from models.hf.importing import load_directory, open_directory
+from models.hf.olmo_hybrid import OLMO_HYBRID, OWN_NAMES
 from models.hf.registry import choose
 from models.hf.weights import INDEX
 from models.lm import LM
 from models.restore import restore_model
+from tests.forked_train import ForkedTrain
 from tests.models.hf_instances import CLASSES, config_of, save_instance, tensors_of
-
-ROOT = Path(__file__).resolve().parents[2]
-
-TRAIN = """
-import sys, train
-for config in sys.argv[1:]:
-    assert train.main([config]) == 0, config
-"""
 
 RUN = """
 data: {{source: "synthetic:recall", options: {{pairs: 4}}, sequence_length: 32}}
@@ -84,26 +79,55 @@ def test_configurations_mean_the_same(name: str, instances: dict[str, Path], exp
     assert choose(open_directory(instances[name]).config).architecture == theirs["architectures"][0]
 
 
-def test_olmo_hybrid_is_read_in_the_three_ways_its_weights_are_laid_out(
+def test_olmo_hybrid_is_read_in_the_four_ways_its_weights_are_laid_out(
     instances: dict[str, Path], exported: dict[str, Path], tmp_path: Path
 ) -> None:
-    """As published, as its class saves them, and as it calls them in memory."""
-    from safetensors.torch import save_file
-
-    from models.hf.olmo_hybrid import OWN_NAMES
-
+    """As published, as published with other names of norms, as its class saves them, and as it calls them in memory."""
     published, saved = open_directory(exported["olmo_hybrid"]), open_directory(instances["olmo_hybrid"])
-    own = OWN_NAMES.tensors(saved.config, saved.shapes)
-    save_file({tensor.name: tensor.cut(saved.read(tensor.source)) for tensor in own}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_bytes((instances["olmo_hybrid"] / "config.json").read_bytes())
-    in_memory = open_directory(tmp_path)
-    assert [len(found.tensors) for found in (published, saved, in_memory)] == [68, 68, 62]
-    names = [{tensor.name for tensor in found.tensors} for found in (published, saved, in_memory)]
-    assert "model.layers.3.post_attention_layernorm.weight" in names[0] - names[1]
-    assert "model.layers.0.linear_attn.conv1d.weight" in names[2] - names[0]
-    for parameter in saved.shapes:
-        assert torch.equal(published.read(parameter), saved.read(parameter)), parameter
-        assert torch.equal(in_memory.read(parameter), saved.read(parameter)), parameter
+    layouts = {"earlier": OLMO_HYBRID.layouts[0], "in_memory": OWN_NAMES.tensors}
+    found = {"published": published, "saved": saved}
+    for name, layout in layouts.items():
+        (tmp_path / name).mkdir()
+        tensors = {tensor.name: tensor.cut(saved.read(tensor.source)) for tensor in layout(saved.config, saved.shapes)}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_bytes((instances["olmo_hybrid"] / "config.json").read_bytes())
+        found[name] = open_directory(tmp_path / name)
+    counts = {"published": 68, "saved": 68, "earlier": 68, "in_memory": 62}
+    assert {name: len(directory.tensors) for name, directory in found.items()} == counts
+    names = {name: {tensor.name for tensor in directory.tensors} for name, directory in found.items()}
+    assert "model.layers.0.linear_attn.q_conv1d.weight" in names["published"] - names["in_memory"]
+    assert "model.layers.0.input_layernorm.weight" in (names["published"] & names["in_memory"]) - names["earlier"]
+    assert "model.layers.3.post_attention_layernorm.weight" in names["published"] - names["saved"]
+    for directory in found.values():
+        for parameter in saved.shapes:
+            assert torch.equal(directory.read(parameter), saved.read(parameter)), parameter
+
+
+@pytest.mark.slow
+def test_olmo_hybrid_s_attention_may_rotate(instances: dict[str, Path], tmp_path: Path) -> None:
+    """The published model's does not. Both ways compare with the class."""
+    shutil.copytree(instances["olmo_hybrid"], tmp_path / "rotating")
+    rotation = {"rope_type": "default", "rope_theta": 5e5}
+    settings = config_of(tmp_path / "rotating")
+    assert settings["rope_parameters"]["rope_theta"] is None
+    (tmp_path / "rotating" / "config.json").write_text(json.dumps(settings | {"rope_parameters": rotation}))
+    assert main(["import", str(tmp_path / "rotating"), str(tmp_path / "checkpoint")]) == 0
+    assert restore_model(tmp_path / "checkpoint").config.mixer("attention").rotary_theta == 5e5
+    assert main(["export", str(tmp_path / "checkpoint"), str(tmp_path / "out"), "--no-tokenizer"]) == 0
+    assert config_of(tmp_path / "out")["rope_parameters"] == rotation
+
+
+def test_a_parameter_that_the_class_never_read_is_left_out(
+    instances: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in the published Gated DeltaNet of 1.3B parameters, made before its class lost them."""
+    shutil.copytree(instances["fla_gated_deltanet"], tmp_path / "published")
+    weights = load_file(tmp_path / "published" / "model.safetensors")
+    more = {f"model.layers.{i}.attn.D": torch.ones(2) for i in range(4)}
+    save_file(weights | more, tmp_path / "published" / "model.safetensors")
+    assert main(["import", str(tmp_path / "published"), str(tmp_path / "out")]) == 0
+    assert f"left out, as the class computes nothing with them: {', '.join(more)}\n" in capsys.readouterr().out
+    assert read_weights(tmp_path / "out").keys() == open_directory(instances["fla_gated_deltanet"]).shapes.keys()
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -124,31 +148,33 @@ def test_the_yaml_beside_describes_the_run(imported: dict[str, Path]) -> None:
         assert run.checkpoint.resume == str(path)
 
 
-def test_training_goes_on_and_the_result_is_exported(imported: dict[str, Path], tmp_path: Path) -> None:
-    """Five steps of each through train.py, from the imported weights, then the classes again."""
-    configs = []
-    for name, path in imported.items():
-        model = path.with_name(f"{name}.yaml").read_text().split("\ndata:")[0].partition("model:")[2]
-        text = f"name: {name}\nmodel:{model}" + RUN.format(resume=path, runs=tmp_path / "runs")
-        configs.append(tmp_path / f"{name}.yaml")
-        configs[-1].write_text(text)
-    done = subprocess.run(
-        [sys.executable, "-c", TRAIN, *map(str, configs)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+QUICK = ("recurrentgemma", "fla_gated_deltanet_tied")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CLASSES])
+def test_training_goes_on_and_the_result_is_exported(name: str, imported: dict[str, Path], tmp_path: Path) -> None:
+    """Five steps of train.py from the imported weights, then the class again."""
+    path = imported[name]
+    model = path.with_name(f"{name}.yaml").read_text().split("\ndata:")[0].partition("model:")[2]
+    text = f"name: {name}\nmodel:{model}" + RUN.format(resume=path, runs=tmp_path / "runs")
+    (tmp_path / "run.yaml").write_text(text)
+    done = ForkedTrain([str(tmp_path / "run.yaml")], tmp_path / "said").wait(timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
-    for name, path in imported.items():
-        run = tmp_path / "runs" / name
-        assert main(["export", str(run), str(tmp_path / name), "--no-tokenizer"]) == 0
-        before, after = read_weights(path), read_weights(run / "checkpoints" / "step_00000005")
-        moved = {key for key in before if not torch.equal(before[key], after[key])}
-        assert moved == before.keys()
-        largest = max((after[key] - before[key]).abs().max().item() for key in before)
-        assert largest < 6e-3, "five steps of 1e-3 from where it was, not from somewhere else"
-        assert "| Training steps | 5 |" in (tmp_path / name / "README.md").read_text()
-        assert torch.equal(open_directory(tmp_path / name).read("embed.weight"), after["embed.weight"])
+    run, out = tmp_path / "runs" / name, tmp_path / "out"
+    assert main(["export", str(run), str(out), "--no-tokenizer"]) == 0
+    before, after = read_weights(path), read_weights(run / "checkpoints" / "step_00000005")
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert moved == before.keys()
+    largest = max((after[key] - before[key]).abs().max().item() for key in before)
+    assert largest < 6e-3, "five steps of 1e-3 from where it was, not from somewhere else"
+    assert "| Training steps | 5 |" in (out / "README.md").read_text()
+    assert torch.equal(open_directory(out).read("embed.weight"), after["embed.weight"])
 
 
-@pytest.mark.parametrize("name", ["olmo_hybrid", "fla_hgrn2", "fla_gated_deltanet"])
+@pytest.mark.parametrize(
+    "name",
+    ["fla_hgrn2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("olmo_hybrid", "fla_gated_deltanet"))],
+)
 def test_bf16_shards_keep_decays_in_fp32(name: str, imported: dict[str, Path], tmp_path: Path) -> None:
     command = ["export", str(imported[name]), str(tmp_path / "out"), "--no-tokenizer", "--dtype", "bfloat16"]
     assert main([*command, "--max-shard-size", "10KB"]) == 0

@@ -108,12 +108,14 @@ def logits_of(model: LM, tokens: torch.Tensor) -> torch.Tensor:
     return model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens))[0]
 
 
+@pytest.mark.slow
 def test_logits_elsewhere(elsewhere: dict[str, Any], model: LM) -> None:
     assert elsewhere["class"] == "RecurrentGemmaForCausalLM"
     expected = logits_of(model, random_tokens())
     assert (torch.tensor(elsewhere["logits"]) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_every_text_elsewhere(elsewhere: dict[str, Any], model_file: Path) -> None:
     tokenizer = Tokenizer(model_file)
     texts = [*TEXTS, *DIFFICULT]
@@ -122,6 +124,7 @@ def test_every_text_elsewhere(elsewhere: dict[str, Any], model_file: Path) -> No
     assert elsewhere["texts"] == texts
 
 
+@pytest.mark.slow
 def test_generate_elsewhere(elsewhere: dict[str, Any], model: LM, model_file: Path) -> None:
     tokenizer = Tokenizer(model_file)
     ids = [tokenizer.bos_id, *tokenizer.encode(PROMPT)]
@@ -183,6 +186,14 @@ def test_a_directory_in_use_is_refused(run: Path, tmp_path: Path, capsys: pytest
     assert main(["export", str(run), str(tmp_path)]) == 1
     assert "exists and is not an empty directory" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_text_that_is_none_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "image").write_bytes(b"\xff\xd8\xff")
+    for name in ("image", "nothing"):
+        assert main(["export", str(run), str(tmp_path / "out"), "--text", str(tmp_path / name)]) == 1
+        assert f"--text: {tmp_path / name}; must be a text in UTF-8" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

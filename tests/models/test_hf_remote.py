@@ -1,5 +1,6 @@
 """RondoForCausalLM keeps transformers' conventions and is the LM it was made from, padding or not."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,11 @@ def made() -> dict[str, tuple[LM, RondoForCausalLM]]:
     return models
 
 
-@pytest.fixture(params=STACKS)
+MOST = [name if name in ("all", "attention") else pytest.param(name, marks=pytest.mark.slow) for name in STACKS]
+"""Every mixer stands in the stack of all; attention alone has a head of its own and a state that grows."""
+
+
+@pytest.fixture(params=MOST)
 def pair(request: pytest.FixtureRequest, made: dict[str, tuple[LM, RondoForCausalLM]]) -> tuple[LM, RondoForCausalLM]:
     return made[request.param]
 
@@ -77,14 +82,23 @@ def test_logits_are_the_models(pair: tuple[LM, RondoForCausalLM]) -> None:
     lm, model = pair
     ids = torch.randint(61, (2, 70), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(70).expand_as(ids)
-    assert (model(ids).logits - lm(ids, positions)[0]).abs().max() <= 1e-5
+    wanted = lm(ids, positions)[0]
+    rounding = (wanted - copy.deepcopy(lm).double()(ids, positions)[0]).abs().max()
+
+    def differ(found: Tensor, expected: Tensor) -> bool:
+        """By more than fp32 does, in which the order of sums depends on threads and on how many rows a product has."""
+        return bool((found - expected).abs().max() > 4 * rounding)
+
+    assert 0 < rounding < 1e-4 * wanted.abs().max()
+    assert not differ(model(ids).logits, wanted)
     assert model(ids, use_cache=False).past_key_values is None
     hidden = model(ids, output_hidden_states=True).hidden_states
     assert len(hidden) == len(lm.config.layers) + 1
     assert torch.equal(hidden[0], lm.embed(ids))
-    assert torch.equal(model(ids, logits_to_keep=3).logits, model(ids).logits[:, -3:])
-    kept = torch.tensor([5, 9])
-    assert torch.equal(model(ids, logits_to_keep=kept).logits, model(ids).logits[:, kept])
+    last, kept = model(ids, logits_to_keep=3).logits, torch.tensor([5, 9])
+    assert not differ(last, wanted[:, -3:])
+    assert differ(last, wanted[:, -4:-1])
+    assert not differ(model(ids, logits_to_keep=kept).logits, wanted[:, kept])
 
 
 @torch.no_grad()
@@ -105,7 +119,10 @@ def test_padding_reaches_no_token(pair: tuple[LM, RondoForCausalLM], side: str) 
     ids, mask = padded(rows, side)
     logits = model(ids, attention_mask=mask).logits
     for i, row in enumerate(rows):
-        assert (inside(logits, i, side) - model(row).logits[0]).abs().max() <= 1e-5
+        wanted, alone = model(row).logits[0], slice(i, i + 1)
+        assert (inside(logits, i, side) - wanted).abs().max() <= 1e-5
+        single = model(ids[alone], attention_mask=mask[alone]).logits.expand(len(rows), -1, -1)
+        assert (inside(single, i, side) - wanted).abs().max() <= 1e-5
 
 
 @torch.no_grad()

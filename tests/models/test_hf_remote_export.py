@@ -17,6 +17,7 @@ from eval.generate import generate
 from eval.sampling import Sampling
 from models.checkpoint import read_weights
 from models.hf.export import export
+from models.hf.formats import KEPT_IN_FP32
 from models.hf.importing import import_directory
 from models.hf.remote_process import RemoteModel
 from models.lm import LM
@@ -50,18 +51,23 @@ model.save_pretrained(copy)
 again = AutoModelForCausalLM.from_pretrained(copy, trust_remote_code=True)
 first = trained(model)
 second, third = trained(again), trained(model)  # ops of both are known to torch at once
+model.train().gradient_checkpointing_enable()
+fourth = trained(model)
+model.eval().gradient_checkpointing_disable()
 with torch.no_grad():
     rough = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=torch.bfloat16)
     torch.save({
         "class": type(model).__name__,
         "copied": type(again) is not type(model),
-        "alike": all(torch.equal(g, second[n]) and torch.equal(g, third[n]) for n, g in first.items()),
+        "alike": all(torch.equal(g, other[n]) for n, g in first.items() for other in (second, third, fourth)),
         "config": AutoConfig.from_pretrained(directory, trust_remote_code=True).num_hidden_layers,
         "ids": batch.input_ids,
         "logits": model(**batch).logits,
         "generated": model.generate(**batch, **greedy)[:, batch.input_ids.shape[1]:],
         "beams": again.generate(**batch, **greedy, num_beams=3)[:, batch.input_ids.shape[1]:],
         "rough": rough(**batch).logits,
+        "rough_generated": rough.generate(**batch, **greedy)[:, batch.input_ids.shape[1]:],
+        "dtypes": {name: str(p.dtype) for name, p in rough.named_parameters()},
         "modules": [name for name in sys.modules if name.startswith(("models.", "ops.", "fla."))],
     }, answer)
 """
@@ -108,6 +114,10 @@ def test_a_process_without_rondo_uses_it(exported: tuple[Path, Path, LM], tmp_pa
     for i, row in enumerate(generate(lm, rows, greedy, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)):
         assert found["generated"][i, : len(row)].tolist() == row
     assert found["beams"].max() < tokenizer.vocab_size
+    assert found["rough_generated"].shape == found["generated"].shape
+    kept = {name for name, dtype in found["dtypes"].items() if dtype == "torch.float32"}
+    assert {name for name in found["dtypes"] if name.endswith(KEPT_IN_FP32)} <= kept
+    assert found["dtypes"]["model.blocks.0.mlp.up.weight"] == "torch.bfloat16"
 
 
 def test_the_directory_is_whole(exported: tuple[Path, Path, LM]) -> None:
@@ -140,6 +150,7 @@ def test_it_comes_back_to_the_bit_and_runs_none_of_its_code(
     assert read_config(tmp_path / "back") == lm.config
 
 
+@pytest.mark.slow
 def test_files_of_another_function_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = griffin(stack_config(STACKS["rglru"], vocab_size=416)).eval()
     run = write_run(tmp_path / "run", lm, TOKENIZER)
@@ -157,6 +168,7 @@ def test_files_of_another_function_are_not_written(tmp_path: Path, monkeypatch: 
     assert list(tmp_path.glob(".hf*")) == []
 
 
+@pytest.mark.slow
 def test_a_directory_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"its process ended: .*model_type"):

@@ -93,6 +93,12 @@ def test_a_parameter_in_parts_over_two_files(tmp_path: Path) -> None:
     assert torch.equal(found.read("A_log"), whole["x.A_log"])
 
 
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    files = plan_files([tensor("a", 2)], torch.float32, 100)
+    with pytest.raises(OSError, match=r"absent/model\.safetensors"):
+        write_weights(tmp_path / "absent", files, torch.float32, lambda name: torch.zeros(2))
+
+
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("700", 700), ("10kB", 10_000)])
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
