@@ -1,23 +1,37 @@
 """A run's YAML as it will be used: `python -m configs.show CONFIG [key.sub=value ...]`.
 
 Prints the whole configuration, defaults and overrides in place, or with --directory the run directory alone; with
---ranks it is refused if it cannot be spread over so many processes. For scripts, before anything is allocated.
+--ranks it is refused if it cannot be spread over so many processes, with --check also for all that a start would refuse
+it for: corpora, tokenizer, another run in the directory. For scripts, before anything is allocated.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from configs.schema import RunConfig, dump_config, load_config
 from data.loader import check_batch
-from parallel.axes import axis_sizes
+from parallel.axes import axis_sizes, make_axes
+from parallel.grid import Grid
 
 
-def check_ranks(run: RunConfig, ranks: int) -> None:
-    """Raises ValueError unless `ranks` processes can share the run's axes and its batch."""
+def check_ranks(run: RunConfig, ranks: int) -> dict[str, int]:
+    """The sizes of the axes; raises ValueError unless `ranks` processes can share the run's axes and its batch."""
     split = run.parallel
     sizes = axis_sizes(ranks, pipeline=split.pipeline, sequence=split.sequence, tensor=split.tensor)
     check_batch(run.train.batch_size, run.train.micro_batch_size, sizes["data"])
+    return sizes
+
+
+def check_start(run: RunConfig, sizes: dict[str, int]) -> None:
+    """Raises ValueError where the first rank of a grid of `sizes` would."""
+    from training.start import check_run  # takes seconds to import
+
+    ranks = math.prod(sizes.values())
+    check_run(run, Grid(rank=0, world_size=ranks, local_rank=0, device=torch.device("cpu"), axes=make_axes(0, sizes)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,11 +45,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces one value of the YAML")
     parser.add_argument("--directory", action="store_true", help="print the run directory alone")
     parser.add_argument("--ranks", type=int, metavar="N", help="check that N processes can share the run")
+    parser.add_argument("--check", action="store_true", help="with --ranks: check all that a start does")
     options = parser.parse_intermixed_args(argv)
+    if options.check and options.ranks is None:
+        parser.error("--check: how many processes are to start? give --ranks")
     try:
         run = load_config(options.config, options.overrides)
         if options.ranks is not None:
-            check_ranks(run, options.ranks)
+            sizes = check_ranks(run, options.ranks)
+            if options.check:
+                check_start(run, sizes)
     except ValueError as error:
         print(f"configs.show: {error}", file=sys.stderr)
         return 1

@@ -112,6 +112,11 @@ class Loader:
         self._batch_size, self._micro_batch_size = batch_size, micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
 
+    @property
+    def num_rows(self) -> tuple[int, ...]:
+        """Rows of each corpus: what the order of samples depends on besides the configuration."""
+        return tuple(len(rows) for rows in self._rows)
+
     def batches(self, consumed_samples: int, skipped: Ranges = ()) -> Generator[list[Batch], None, None]:
         """This rank's microbatches of each optimizer step after `consumed_samples`, without end; none of `skipped`.
 

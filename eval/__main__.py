@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def evaluate(options: argparse.Namespace) -> None:
     """Everything that can be refused is, before the model is loaded."""
     ours, theirs, manager = choose_tasks(options.tasks, options.set, options.include)
+    if not options.model.is_dir():
+        raise ValueError(f"{options.model}: no such directory; name a run, a checkpoint or a Hugging Face directory")
     output = options.output or default_output(options.model)
     if not output.parent.is_dir():
         raise ValueError(f"--output: {output}; its directory must exist")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.harness import lm_eval_model
+from eval.harness import lm_eval_model, read_settings
 from eval.model import EvalModel
 from eval.tasks import TASKS, unknown_task
 
@@ -44,11 +44,13 @@ def _task_manager_class() -> Any:
 
 @dataclass(frozen=True)
 class HarnessTask:
-    """One of lm-eval's tasks as `eval.tasks.task.Task`, its data loaded."""
+    """One of lm-eval's tasks as `eval.tasks.task.Task`, its data loaded. `greedy` is whether it always asks for the
+    most likely token."""
 
     name: str
     manager: Any
     generates: bool
+    greedy: bool
     reads_text: bool = True
 
     def check(self, vocab_size: int, longest: int | None) -> None:
@@ -67,7 +69,8 @@ class HarnessTask:
 
 
 def harness_tasks(names: Sequence[str], include: Path | None) -> dict[str, HarnessTask]:
-    """lm-eval's tasks by name. Raises ValueError: one is unknown, or its data are not at hand."""
+    """lm-eval's tasks by name. Raises ValueError: one is unknown, asks for what there is not, or its data are not at
+    hand."""
     manager = find_tasks(names, include)
     known = set(manager.all_tasks)
     tasks = {}
@@ -78,7 +81,13 @@ def harness_tasks(names: Sequence[str], include: Path | None) -> dict[str, Harne
             members = manager.load([name])["tasks"].values()
         except (OSError, ImportError, NotImplementedError) as error:
             raise ValueError(not_at_hand([name], error)) from error
-        tasks[name] = HarnessTask(name, manager, any(task.OUTPUT_TYPE == "generate_until" for task in members))
+        asked = [task.get_config("generation_kwargs") for task in members if task.OUTPUT_TYPE == "generate_until"]
+        try:
+            how = [read_settings(settings or {})[0] for settings in asked]
+        except ValueError as error:
+            raise ValueError(f"tasks: {name}: {error}") from None
+        greedy = all(sampling.temperature == 0 and sampling.repetition_penalty == 1 for sampling in how)
+        tasks[name] = HarnessTask(name, manager, generates=bool(asked), greedy=greedy)
     return tasks
 
 

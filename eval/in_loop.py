@@ -19,6 +19,7 @@ from data.synthetic import NO_TARGET
 from data.tokenizer import Tokenizer
 from eval.model import LocalModel, Row, Scores, check_rows
 from eval.sampling import Sampling
+from eval.stops import TextStream
 from eval.tasks import TASKS, check_task, make_task
 from eval.tasks.task import Task
 from models.lm import LM
@@ -58,11 +59,11 @@ def tasks_of(run: RunConfig, tokenizer_path: Path | None) -> dict[str, Task]:
             raise ValueError(
                 f"eval.tasks: {name} needs text, but the data have no tokenizer; set data.tokenizer or remove the task"
             )
-        if task.generates and not holds_whole_model(run):
+        if task.generates and not getattr(task, "greedy", False) and not holds_whole_model(run):
             raise ValueError(
-                f"eval.tasks: {name} continues prompts, but no rank holds the whole model or row under "
-                "parallel.pipeline, parallel.sequence, parallel.tensor or ZeRO 3; remove it, and ask it of a "
-                "checkpoint (python -m eval)"
+                f"eval.tasks: {name} continues prompts with tokens that it draws, but no rank holds the whole model or "
+                "row under parallel.pipeline, parallel.sequence, parallel.tensor or ZeRO 3; remove it, and ask it of "
+                "a checkpoint (python -m eval)"
             )
         tasks[name] = task
     return tasks
@@ -89,18 +90,19 @@ class LoopModel:
     """`eval.model.EvalModel` over the engine of a run. All methods are collective.
 
     Args:
-        judge: the engine's: a batch's nll and whether each target is the most likely token, `[B, T]` each.
+        judge: the engine's: a batch's nll and the most likely token at each place, `[B, T]` each, given how many tokens
+            to choose from, None for all.
         add_up: sums a float64 vector over the data ranks.
         collect: everybody's object, by data rank.
         data_rank, data_ranks: this rank's place along the data axis, and how many there are.
         rows: of a batch.
         longest: tokens of a batch's rows.
-        whole: the model where every rank holds all of it, for continuing prompts; None elsewhere.
+        whole: the model where every rank holds all of it, which continues prompts through its state; None elsewhere.
     """
 
     def __init__(
         self,
-        judge: Callable[[Batch], tuple[Tensor, Tensor]],
+        judge: Callable[[Batch, int | None], tuple[Tensor, Tensor]],
         *,
         add_up: Callable[[Tensor], Tensor],
         collect: Callable[[Any], Sequence[Any]],
@@ -117,10 +119,14 @@ class LoopModel:
         self.longest: int | None = longest
         self._time, self._entries, self.tokenizer, self._whole = longest, vocab_size, tokenizer, whole
         self.vocab_size = vocab_size if tokenizer is None else tokenizer.vocab_size
-        self.generates = whole is not None
+        self.generates = True
 
     def score(self, rows: Sequence[Row]) -> list[Scores]:
         check_rows(rows, self._entries, self.longest, "shorten the row, or raise eval.tasks_length")
+        return [Scores(nll, row.labels == best) for row, (nll, best) in zip(rows, self._look(rows, None))]
+
+    def _look(self, rows: Sequence[Row], among: int | None) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each row its nll and the most likely tokens, float64 `[T]` each."""
         ends = np.cumsum([len(row.labels) for row in rows], dtype=np.int64)
         found = torch.zeros(2, int(ends[-1]) if rows else 0, dtype=torch.float64)
         packed = pack([len(row.labels) for row in rows], self._time)
@@ -128,15 +134,15 @@ class LoopModel:
         for start in range(0, len(packed), at_once):
             mine = packed[start + self._data_rank * self._rows :][: self._rows]
             batch, places = self._batch(rows, mine if start + self._data_rank * self._rows < len(packed) else [])
-            nll, hit = (part.double().cpu() for part in self._judge(batch))
+            nll, best = (part.double().cpu() for part in self._judge(batch, among))
             for n, first, i in places:
                 size = len(rows[i].labels)
                 here = slice(int(ends[i]) - size, int(ends[i]))
-                found[0, here], found[1, here] = nll[n, first : first + size], hit[n, first : first + size]
+                found[0, here], found[1, here] = nll[n, first : first + size], best[n, first : first + size]
         found = self._add_up(found)
         parts = found.numpy()
         starts = ends - np.array([len(row.labels) for row in rows], dtype=np.int64)
-        return [Scores(parts[0, a:b], parts[1, a:b] > 0.5) for a, b in zip(starts, ends)]
+        return [(parts[0, a:b], parts[1, a:b]) for a, b in zip(starts, ends)]
 
     def _batch(self, rows: Sequence[Row], packed: list[list[int]]) -> tuple[Batch, list[tuple[int, int, int]]]:
         """Packed rows as a batch, and where in it (row, first token) which of `rows` stands."""
@@ -155,16 +161,61 @@ class LoopModel:
         return Batch(*map(torch.from_numpy, (input_ids, labels, positions))), places
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+        if self._whole is None:
+            added: list[list[int]] = [[] for _ in prompts]
+
+            def take(row: int, token: int) -> bool:
+                added[row].append(token)
+                return True
+
+            self._greedily(prompts, sampling, take)
+            return added
         return self._shared(lambda model, mine: model.generate(mine, sampling), prompts)
 
     def generate_texts(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, stops: Sequence[str] = ()
     ) -> list[str]:
+        if self._whole is None:
+            assert self.tokenizer is not None, "`tasks_of` refuses tasks that need text without one"
+            streams = [TextStream(self.tokenizer.decode, stops) for _ in prompts]
+            texts = [""] * len(prompts)
+
+            def take(row: int, token: int) -> bool:
+                texts[row] += streams[row].feed(token)
+                return not streams[row].stopped
+
+            self._greedily(prompts, sampling, take)
+            return [text + stream.close() for text, stream in zip(texts, streams)]
         return self._shared(lambda model, mine: model.generate_texts(mine, sampling, stops), prompts)
+
+    def _greedily(self, prompts: Sequence[Sequence[int]], sampling: Sampling, take: Callable[[int, int], bool]) -> None:
+        """Hands `take` each row's most likely next token until it has had enough, EOS, or max_tokens.
+
+        Ranks that hold parts keep no state between looks: every row is read anew for every token.
+        """
+        assert sampling.temperature == 0, "`tasks_of` refuses tasks that draw"
+        assert sampling.repetition_penalty == 1, "`tasks_of` refuses tasks that draw"
+        eos_id = None if self.tokenizer is None else self.tokenizer.eos_id
+        rows = [list(prompt) for prompt in prompts]
+        for i, row in enumerate(rows):
+            if not row or len(row) + sampling.max_tokens - 1 > self._time:
+                raise ValueError(
+                    f"prompts[{i}]: {len(row)} tokens and {sampling.max_tokens} to add; must be at least one, and fit "
+                    f"in {self._time} between steps of this run; shorten the prompt, or raise eval.tasks_length"
+                )
+        running = list(range(len(rows)))
+        for _ in range(sampling.max_tokens if rows else 0):
+            looks = self._look([_asked_at_its_end(rows[i]) for i in running], self.vocab_size)
+            tokens = [int(best[-1]) for _, best in looks]
+            for i, token in zip(running, tokens):
+                rows[i].append(token)
+            running = [i for i, token in zip(running, tokens) if token != eos_id and take(i, token)]
+            if not running:
+                return
 
     def _shared(self, function: Callable[[LocalModel, list[Any]], list[Any]], prompts: Sequence[Any]) -> list[Any]:
         """Each data rank's share of the prompts, continued, and everybody's put together again."""
-        assert self._whole is not None, "`tasks_of` refuses such tasks"
+        assert self._whole is not None
         training = self._whole.training
         local = LocalModel(self._whole, self.tokenizer, batch_size=self._rows)
         try:
@@ -175,6 +226,13 @@ class LoopModel:
         finally:
             self._whole.train(training)
         return results
+
+
+def _asked_at_its_end(tokens: Sequence[int]) -> Row:
+    """The row whose only label, of any token, is the one after its last."""
+    labels = np.full(len(tokens), NO_TARGET)
+    labels[-1] = 0
+    return Row(np.asarray(tokens, dtype=np.int64), labels)
 
 
 def pack(lengths: Sequence[int], size: int) -> list[list[int]]:

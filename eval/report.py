@@ -17,7 +17,7 @@ from eval.curves import MEDIAN_ROWS
 from eval.page import render_page, write_page
 from eval.quantity import compact, duration
 from eval.run_record import Row, RunRecord, flatten, read_run
-from eval.task_table import task_table
+from eval.task_charts import task_section
 
 LONG_VALUE = 160
 """Characters from which a value of the environment is folded away."""
@@ -50,7 +50,7 @@ def render(run: RunRecord) -> str:
     flops = sum(row["flops_per_token"] for row in run.layers)
     values = list(flatten(run.environment))
     content: dict[str, Any] = {
-        "tasks": task_table(run.tasks),
+        "tasks": task_section(run),
         "layers": [row | {"share": row["flops_per_token"] / max(flops, 1)} for row in run.layers],
         "samples": list(reversed(run.samples)),
         "events": [{"detail": ""} | event for event in run.events],

@@ -54,9 +54,11 @@ class RunRecord:
 
     @property
     def status(self) -> str:
-        """`finished`, `interrupted` or, where the last event that is no checkpoint was neither, `unfinished`."""
+        """`finished`, `interrupted`, `failed` or, where the last event that is no checkpoint was none of these,
+        `unfinished`: it goes on, or was killed."""
         last = next((row["event"] for row in reversed(self.events) if row["event"] != "saved"), "")
-        return last if last in ("finished", "interrupted") else "unfinished"
+        last = "failed" if last == "hang" else last
+        return last if last in ("finished", "interrupted", "failed") else "unfinished"
 
     @property
     def seconds_in_steps(self) -> float:

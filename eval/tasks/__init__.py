@@ -10,12 +10,19 @@ from collections.abc import Mapping
 from typing import Any, get_args, get_type_hints
 
 from eval.tasks.bits_per_byte import BitsPerByte
+from eval.tasks.generated import generated_tasks
+from eval.tasks.length_extrapolation import LengthExtrapolation
 from eval.tasks.multiple_choice import MultipleChoice
+from eval.tasks.retrieval import Needle, Passkey
 from eval.tasks.task import Task
 
 TASKS: dict[str, type[Any]] = {
     "bits_per_byte": BitsPerByte,
     "multiple_choice": MultipleChoice,
+    "length_extrapolation": LengthExtrapolation,
+    "passkey": Passkey,
+    "needle": Needle,
+    **generated_tasks(),
 }
 
 

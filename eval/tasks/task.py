@@ -14,7 +14,8 @@ class Task(Protocol):
     the same order, so that whatever it draws comes from a seed among its settings.
 
     Attributes:
-        generates: whether it continues prompts; one that only scores rows also runs on ranks that hold parts.
+        generates: whether it continues prompts. On ranks that hold parts one runs only if it also has an attribute
+            `greedy` that is true: it always takes the most likely token.
         reads_text: whether it needs the model's tokenizer.
     """
 

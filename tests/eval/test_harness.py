@@ -228,6 +228,7 @@ def test_command_takes_both_kinds_of_tasks_and_keeps_answers(
         (["--tasks", "bits_per_byte", "--set", "bits_per_byte.paht=x"], r"bits_per_byte\.paht: .*did you mean path"),
         (["--tasks", "tiny_choice", "--set", "bits_per_byte.path=x"], r"--set: .*must be TASK\.KEY=VALUE"),
         (["--tasks", "tiny_choice", "--output", "/nowhere/at/all.json"], r"--output: .*directory must exist"),
+        (["--tasks", "tiny_choice"], r"neither a run directory nor a checkpoint"),
     ],
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(
@@ -244,7 +245,31 @@ def test_bad_input_is_refused_before_a_model_is_loaded(
         return TaskManager(include_path=str(tasks), include_defaults=False)
 
     monkeypatch.setattr("eval.harness_tasks._task_manager_class", lambda: local)
-    assert main([str(tmp_path / "no_model"), "--include", str(tasks), *arguments]) == 1
+    assert main([str(tmp_path), "--include", str(tasks), *arguments]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.search(message, error), error
+
+
+def test_the_list_shows_both_kinds_of_tasks(
+    tasks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.tasks import TaskManager
+
+    def local(**settings: Any) -> Any:
+        return TaskManager(include_path=str(tasks), include_defaults=False)
+
+    monkeypatch.setattr("eval.harness_tasks._task_manager_class", lambda: local)
+    assert main(["--list", "--include", str(tasks)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {"bits_per_byte", *NAMES} <= {line.split()[0] for line in lines}
+    assert any(re.match(r"multiple_choice +\w+ .*", line) for line in lines), "ours with what they are"
+    assert main(["--list", "tiny_c", "--include", str(tasks)]) == 0
+    assert capsys.readouterr().out == "tiny_choice\n"
+
+
+def test_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("words")
+    settings = ["--tasks", "bits_per_byte", "--set", f"bits_per_byte.path={tmp_path / 'text.txt'}"]
+    assert main([str(tmp_path / "nothing"), *settings]) == 1
+    assert re.fullmatch(r"eval: .*nothing: no such directory; name a run, .*\n", capsys.readouterr().err)

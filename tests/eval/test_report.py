@@ -204,6 +204,8 @@ def test_equal_runs_give_equal_pages(run: Path, page: Path, tmp_path: Path) -> N
         ([{"step": 2, "event": "finished"}], "finished"),
         ([{"step": 2, "event": "interrupted"}, {"step": 2, "event": "saved"}], "interrupted"),
         ([{"step": 2, "event": "interrupted"}, {"step": 2, "event": "resumed"}], "unfinished"),
+        ([{"step": 2, "event": "failed"}], "failed"),
+        ([{"step": 2, "event": "hang"}], "failed"),
     ],
 )
 def test_status(tmp_path: Path, last: list, status: str) -> None:

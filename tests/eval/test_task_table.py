@@ -7,12 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import data.prepare
+import models.hf.__main__
 from eval.report import write_report
 from eval.task_table import TaskLine, task_table
+from models.checkpoint import read_weights
+from models.hf.importing import open_directory
 from tests.eval.lm_eval_tasks import write_tasks
 from tests.eval.recorded import record_run
+from tests.forked_train import ForkedTrain
+from tests.parallel.launch import CPU_ONLY
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,26 +59,74 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "corpus"
 
 
-def test_a_run_asks_both_kinds_of_tasks(corpus: Path, tmp_path: Path) -> None:
-    """Every n steps and at the end. That steps do not notice: `test_in_loop.py`."""
-    (tmp_path / "text.txt").write_text("Licensed under the Apache License, Version 2.0\n" * 3)
-    command = [sys.executable, "train.py", "tests/assets/tiny.yaml", f"log.directory={tmp_path}", "train.steps=5"]
-    command += [f"data.corpora=[{{path: {corpus}}}]", "eval.every=null", "eval.prompts=[]", "checkpoint.every=99"]
-    tasks = [
+def arguments(corpus: Path, directory: Path, *overrides: str) -> list[str]:
+    """Of train.py: a short run that asks tasks every other step, and at its end."""
+    (directory / "text.txt").write_text("Licensed under the Apache License, Version 2.0\n" * 3)
+    include = directory / "tasks"
+    return [
+        "tests/assets/tiny.yaml",
+        f"log.directory={directory}",
+        "name=run",
+        "train.steps=5",
+        f"data.corpora=[{{path: {corpus}}}]",
+        "eval.every=null",
+        "eval.prompts=[]",
+        "checkpoint.every=99",
         "eval.tasks=[bits_per_byte, tiny_choice, tiny_generation]",
         "eval.tasks_every=2",
-        f"eval.tasks_include={write_tasks(tmp_path / 'tasks')}",
-        f"eval.task_options={{bits_per_byte: {{path: {tmp_path / 'text.txt'}}}}}",
+        f"eval.tasks_include={include if include.is_dir() else write_tasks(include)}",
+        f"eval.task_options={{bits_per_byte: {{path: {directory / 'text.txt'}}}}}",
+        *overrides,
     ]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_DATASETS_OFFLINE": "1"}
-    arguments = [*command, "name=run", *tasks]
-    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
+
+
+def answers(run: Path) -> dict[int, dict[str, float]]:
+    """step -> what the tasks found."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row for row in rows if "task/bits_per_byte/bits_per_byte" in row}
+
+
+@pytest.fixture(scope="module")
+def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process."""
+    directory = tmp_path_factory.mktemp("alone")
+    done = ForkedTrain(arguments(corpus, directory), directory / "said").wait(timeout=180)
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    found = {row["step"]: row for row in rows if "task/bits_per_byte/bits_per_byte" in row}
+    return directory / "run"
+
+
+def test_a_run_asks_both_kinds_of_tasks(alone: Path) -> None:
+    """Every n steps and at the end. That steps do not notice: `test_in_loop.py`."""
+    found = answers(alone)
     assert list(found) == [2, 4, 5]
     assert found[5]["task/bits_per_byte/bits_per_byte"] < found[2]["task/bits_per_byte/bits_per_byte"]
     assert {"task/tiny_choice/acc", "task/tiny_generation/exact_match"} <= found[2].keys()
-    assert "step 4: bits_per_byte bits_per_byte " in (tmp_path / "run" / "log.txt").read_text()
-    page = write_report(tmp_path / "run").read_text(encoding="utf-8")
-    assert "<td>tiny_choice</td><td>acc</td>" in page
+    assert "step 4: bits_per_byte bits_per_byte " in (alone / "log.txt").read_text()
+    page = write_report(alone).read_text(encoding="utf-8")
+    assert "tiny_choice" in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["pipeline=2", "tensor=2", "sequence=2", "zero_stage=3"])
+def test_ranks_that_hold_parts_find_the_same_and_their_run_is_exported(
+    split: str, alone: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Two ranks, from torchrun to metrics, log, report and a directory for transformers."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
+    command += arguments(corpus, tmp_path, f"parallel.{split}")
+    environment = os.environ | CPU_ONLY | {"HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run, expected = tmp_path / "run", answers(alone)
+    found = answers(run)
+    assert list(found) == [2, 4, 5]
+    for step, metrics in found.items():
+        assert metrics.keys() == expected[step].keys()
+        for key, value in metrics.items():
+            assert value == pytest.approx(expected[step][key], rel=1e-4), (step, key)
+    assert "step 4: bits_per_byte bits_per_byte " in (run / "log.txt").read_text()
+    assert "tiny_choice" in write_report(run).read_text(encoding="utf-8")
+    assert models.hf.__main__.main(["export", str(run), str(tmp_path / "hf")]) == 0
+    weights, directory = read_weights(run / "checkpoints" / "step_00000005"), open_directory(tmp_path / "hf")
+    assert weights.keys() == directory.shapes.keys()
+    assert all(torch.equal(directory.read(name), weight) for name, weight in weights.items())
