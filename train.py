@@ -3,8 +3,9 @@
 torchrun --nproc-per-node 2 train.py configs/demo.yaml train.steps=100
 python train.py configs/demo.yaml                    one process
 
-Exit codes: 0 finished, 75 interrupted (the same command goes on), 1 failed, 2 bad usage; exit.json in the run directory
-says the same, as torchrun knows 0 and 1 only.
+Exit codes: 0 finished, 75 interrupted (the same command goes on), 1 failed or refused, as for a YAML that does not hold,
+2 for a command line that cannot be parsed; exit.json in the run directory says the same, as torchrun knows 0 and 1 only.
+What is refused before there is a run directory leaves none.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from contextlib import closing, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from configs.schema import ConfigError, RunConfig, dump_config, load_config
+from configs.schema import RunConfig, dump_config, load_config
 from data.loader import validation_batches
 from data.skipped import kept_sample, skip
 from data.tokenizer import Tokenizer
@@ -29,9 +30,10 @@ from parallel.checkpoint import find_checkpoint, load_checkpoint
 from parallel.engine import StepResult
 from parallel.generation import generating
 from parallel.grid import init_distributed
+from parallel.plan.fits import refuse_too_large
+from parallel.saved import Saved
 from parallel.traffic import by_layer, counted, summary
 from parallel.watch import Watch, explained
-from parallel.writer import Saved
 from training.ending import FAILED, exit_code
 from training.environment import peak_flops, peak_memory_gb
 from training.health import Health
@@ -53,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         run = load_config(args.config, args.overrides)
-    except ConfigError as error:
+        refuse_too_large(run)
+    except ValueError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the ranks of a machine read the same file and fail alike
             print(f"train.py: {error}", file=sys.stderr)
         return FAILED
@@ -222,7 +225,7 @@ def go_back(job: Job, health: Health, progress: Progress) -> Progress:
     health.went_back(stored.health)
     job.directory.step = stored.step
     job.log.event(stored.step, "rolled back", f"from step {step} to {path}; samples left out: {left_out}")
-    return replace(stored, skipped=skipped)
+    return replace(stored, skipped=skipped, rows=progress.rows)
 
 
 def leave(job: Job, progress: Progress, stop: StopRequest) -> int:

@@ -29,9 +29,13 @@ from models.checkpoint import (
     tensor_key,
     verify,
 )
+from parallel.commit import give_back
 from parallel.engine import Engine
 from parallel.grid import Grid, everywhere
 from parallel.snapshot import tensor_owners
+
+TRAINING_ENTRIES = {"step": int, "model": dict, "progress": dict, "num_updates": int, "ranks": dict}
+"""Of meta.json."""
 
 
 def load_checkpoint(engine: Engine, path: Path, *, verified: bool = False) -> dict[str, Any]:
@@ -82,7 +86,12 @@ def find_checkpoint(grid: Grid, directory: Path) -> tuple[Path | None, list[str]
     The lead's listing counts: a shared file system may show ranks different ones for a while, and ranks that verified
     different checkpoints would wait for each other.
     """
-    listed = everywhere(grid, lambda: list_checkpoints(directory) if grid.is_lead else [], CheckpointError)
+
+    def look() -> list[Path]:
+        give_back(directory)
+        return list_checkpoints(directory)
+
+    listed = everywhere(grid, lambda: look() if grid.is_lead else [], CheckpointError)
     return latest_good(directory, paths=grid.broadcast(listed), verify=lambda path: _verify(grid, path))
 
 
@@ -117,13 +126,19 @@ def _read(
     return dict(read_parameters(path, items)), dict(iter_tensors(path, generators))
 
 
-def _read_training_meta(path: Path, shapes: Mapping[str, Iterable[int]]) -> dict[str, Any]:
-    """`read_meta` of a checkpoint of these parameters that training can continue from."""
-    require_parameters(path, shapes)
+def read_training_meta(path: Path) -> dict[str, Any]:
+    """`read_meta` of a checkpoint that says what training needs to continue."""
     meta = read_meta(path)
-    missing = [key for key in ("step", "progress", "num_updates", "ranks") if key not in meta]
+    missing = [key for key, kind in TRAINING_ENTRIES.items() if not isinstance(meta.get(key), kind)]
     if missing:
         raise CheckpointError(f"{path / META}: has no {', '.join(missing)}; continue from one that train.py wrote")
+    return meta
+
+
+def _read_training_meta(path: Path, shapes: Mapping[str, Iterable[int]]) -> dict[str, Any]:
+    """`read_training_meta` of a checkpoint of these parameters and their moments."""
+    require_parameters(path, shapes)
+    meta = read_training_meta(path)
     index = read_index(path)
     absent = [key for name in shapes for kind in KINDS if (key := tensor_key(kind, name)) not in index]
     if absent:

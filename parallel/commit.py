@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from models.checkpoint import (
     read_meta,
     step_of,
 )
+
+REPLACED = ".replaced"
+"""The end of a checkpoint's name while another one takes its place."""
 
 
 def stage(staging: Path) -> None:
@@ -36,6 +40,15 @@ def sweep(directory: Path) -> list[str]:
         except OSError as error:
             problems.append(f"{path} cannot be removed: {error.strerror}")
     return problems
+
+
+def give_back(directory: Path) -> None:
+    """Gives a checkpoint its name again that made way for another one of its step, which a kill kept from coming."""
+    for path in directory.glob(f".step_*{REPLACED}"):
+        final = path.with_name(path.name.removeprefix(".").removesuffix(REPLACED))
+        if not final.exists():
+            with suppress(OSError):  # where nothing can be written, nothing will be swept away either
+                path.rename(final)
 
 
 def write_rest(staging: Path, contents: dict[str, bytes], files: dict[str, dict[str, Any]]) -> None:
@@ -60,7 +73,7 @@ def publish(staging: Path, final: Path) -> None:
     One of the same step makes way: the run did not continue from it, so it was damaged or belongs to another course.
     """
     if final.exists():
-        final.rename(final.with_name(f".{final.name}.replaced"))
+        final.rename(final.with_name(f".{final.name}{REPLACED}"))
     staging.rename(final)
     _sync_directory(final.parent)
     _point(final.parent, "latest", final)

@@ -6,6 +6,7 @@ its sum divided by that count. DeepSpeed averages gradients over the data axis, 
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -217,17 +218,17 @@ class Engine:
         return self._look_at(batch)[0]
 
     @torch.no_grad()
-    def judge(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What `evaluate` returns, and whether each target is the most likely token, fp32 `[B, T]` of 0 and 1.
-        Collective."""
+    def judge(self, batch: Batch, among: int | None = None) -> tuple[Tensor, Tensor]:
+        """What `evaluate` returns, and the most likely token at each place, a whole number in fp32 `[B, T]`: of all, or
+        of those below `among`. Collective."""
         heads: list[Any] = [module for module in self.module.modules() if hasattr(module, "judges")]
         try:
             for head in heads:
-                head.judges = True
+                head.judges = sys.maxsize if among is None else among
             return self._look_at(batch)
         finally:
             for head in heads:
-                head.judges = False
+                head.judges = None
 
     def _look_at(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Both results of the head over this rank's whole rows, without a step."""

@@ -64,9 +64,34 @@ def build_model(
     Raises:
         ValueError: the model does not divide over the tensor or pipeline axis, or its rows over the sequence axis.
     """
+    model, blueprint, partition, summed = cut_model(config, grid, sequence_length=sequence_length, parallel=parallel)
+    assert partition.stages is not None
+    names = partition.stages.names[grid.axes["pipeline"].index]
+    scatter = Scatter(grid, parallel) if parallel is not None and parallel.zero_stage == 3 else None
+    _fill(model, initial_values(blueprint, seed, names), partition, grid.device, scatter)
+    for name, ranks in ((name, ranks) for name, ranks in summed.items() if name in names):
+        add_up = partial(all_reduce, axis=ranks, layer=layer_of(name))
+        model.get_parameter(name).register_hook(add_up)
+    return model, blueprint, partition
+
+
+def cut_model(
+    config: ModelConfig,
+    grid: Grid,
+    *,
+    sequence_length: int,
+    parallel: ParallelConfig | None = None,
+    device_type: str | None = None,
+) -> tuple[LM, LM, Partition, dict[str, Axis]]:
+    """A rank's share of the model without storage, on the meta device; what else `build_model` returns; and of which
+    parameters the gradients are to be summed over which ranks. Raises what it raises.
+
+    Args:
+        device_type: where the model will run, if not on the grid's device.
+    """
     axis = grid.axes["tensor"]
     with torch.device("meta"):
-        blueprint, model = (LM(config, device_type=grid.device.type) for _ in range(2))
+        blueprint, model = (LM(config, device_type=device_type or grid.device.type) for _ in range(2))
     slices = grid.axes["sequence"]
     if axis.size > 1 and (reasons := problems(blueprint, axis.size)):
         raise ValueError(f"parallel.tensor: {axis.size}; " + "; ".join(reasons))
@@ -81,7 +106,6 @@ def build_model(
         )
     pipeline = grid.axes["pipeline"]
     stages = stages_of(blueprint, sequence_length, pipeline.size, parallel.stages if parallel is not None else None)
-    names = stages.names[pipeline.index]
     shapes = {name: parameter.shape for name, parameter in blueprint.named_parameters()}
     region = Region(axis, sliced=parallel is not None and parallel.sequence_sharded_norms)
     cuts, summed = shard_tensors(model, region)
@@ -93,12 +117,7 @@ def build_model(
     keep_stage(model, stages, pipeline.index)
     if parallel is not None:
         checkpoint_blocks(model, parallel)
-    scatter = Scatter(grid, parallel) if parallel is not None and parallel.zero_stage == 3 else None
-    _fill(model, initial_values(blueprint, seed, names), partition, grid.device, scatter)
-    for name, ranks in ((name, ranks) for name, ranks in summed.items() if name in names):
-        add_up = partial(all_reduce, axis=ranks, layer=layer_of(name))
-        model.get_parameter(name).register_hook(add_up)
-    return model, blueprint, partition
+    return model, blueprint, partition, summed
 
 
 @torch.no_grad()

@@ -73,7 +73,8 @@ class SlicedHead(nn.Module):
         rows = _rows(len(head.weight), axis)
         self.start, self.num_entries = rows.start, max(0, min(rows.stop, len(head.weight)) - rows.start)
         self.weight = _parameter(head.weight, axis) if tied is None else tied
-        self.judges, self.vocab_size = False, len(head.weight)
+        self.judges: int | None = None
+        self.vocab_size = len(head.weight)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
         """As `Head.forward`. The logits are whole on every rank, and have no gradient."""
@@ -92,7 +93,9 @@ class SlicedHead(nn.Module):
         log_z = log_sum_exp_over(log_sum_exp, self.axis)
         valid = labels != -100
         nll = torch.where(valid, log_z - reduce_from(label_logit, self.axis), 0)
-        return nll, (self._likeliest(x) == labels).to(nll.dtype) if self.judges else torch.where(valid, log_z, 0)
+        if self.judges is not None:
+            return nll, self._likeliest(x, self.judges).to(nll.dtype)
+        return nll, torch.where(valid, log_z, 0)
 
     def _logits(self, x: Tensor) -> Tensor:
         logits = nn.functional.linear(x, self.weight)
@@ -102,12 +105,12 @@ class SlicedHead(nn.Module):
             return logits
         return self.logit_soft_cap * torch.tanh(logits / self.logit_soft_cap)
 
-    def _likeliest(self, x: Tensor) -> Tensor:
-        """The most likely entry of the whole vocabulary at each token, the first of several."""
+    def _likeliest(self, x: Tensor, count: int) -> Tensor:
+        """The most likely of the vocabulary's first `count` entries at each token, the first of several."""
         entry = torch.full(x.shape[:-1], torch.iinfo(torch.int64).max, device=x.device)
         best = x.new_full(x.shape[:-1], -torch.inf, dtype=torch.promote_types(x.dtype, torch.float32))
-        if self.num_entries:
-            best, entry = likeliest(x, self.weight[: self.num_entries])
+        if mine := max(0, min(self.num_entries, count - self.start)):
+            best, entry = likeliest(x, self.weight[:mine])
             entry = entry + self.start
         highest = all_reduce(best, self.axis, dist.ReduceOp.MAX)
         entry = torch.where(best == highest, entry, torch.iinfo(torch.int64).max)

@@ -153,14 +153,14 @@ def _of_slices(model: LM, split: Split, blocks: range) -> Iterator[tuple[Key, Vo
             core = getattr(module, "core", None)
             if not isinstance(core, OpCore):
                 continue
-            for operation, volume in _of_core(module, core, split).items():
+            for operation, volume in of_core(module, core, split).items():
                 yield Key(f"blocks.{i}", "sequence", operation), volume
             if core.op.__name__ == "attention" and not positions_known:
                 positions_known = True  # once a microbatch and stage, whatever the number of layers
                 yield Key(f"blocks.{i}", "sequence", "all_gather"), Volume(1, 8 * split.tokens)
 
 
-def _of_core(module: Any, core: OpCore, split: Split) -> dict[str, Volume]:
+def of_core(module: Any, core: OpCore, split: Split) -> dict[str, Volume]:
     op = core.op.__name__
     if op == "causal_conv1d":
         channels, taps = module.weight.shape

@@ -19,8 +19,11 @@ MAY_IMPORT = {
     "training": {"training", "models"},
     "training/start.py": {*ROOMS},
     "parallel": {"parallel", "models", "ops", "training", "deepspeed"},
+    "parallel/plan/__main__.py": {"parallel", "configs.schema"},
+    "parallel/plan/scaling.py": {"parallel", "configs.schema"},
     "configs": {"configs", "models", "data", "training", "parallel", "pydantic", "ruamel"},
-    "eval": {"eval", "models", "data", "configs", "ops", "matplotlib", "jinja2", "psutil", "ruamel"},
+    "eval": {"eval", "models", "data", "configs", "ops", "matplotlib", "jinja2", "psutil"},
+    "eval/compare.py": {"eval", "matplotlib", "ruamel"},
     "train.py": {*ROOMS},
     "benchmarks": {*ROOMS, "benchmarks", "transformers", "triton"},
 }

@@ -16,7 +16,15 @@ NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class LockError(ValueError):
-    """Somebody else holds the lock."""
+    """Somebody else holds the lock.
+
+    Attributes:
+        job: the Slurm job of the holder; None if it has none or has not said.
+    """
+
+    def __init__(self, message: str, job: str | None = None) -> None:
+        super().__init__(message)
+        self.job = job
 
 
 def hold(lock: Path, guard: ExitStack, *, doing: str) -> None:
@@ -58,9 +66,11 @@ def _open_locked(lock: Path, doing: str) -> Any:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            owner = _describe(file.read())
+            content = file.read()
             file.close()
-            raise LockError(f"{lock.parent}: {owner} is {doing} here; give each run its own directory") from None
+            raise LockError(
+                f"{lock.parent}: {_describe(content)} is {doing} here; give each run its own directory", _job(content)
+            ) from None
         except OSError as error:
             file.close()
             if error.errno not in NO_FLOCK:
@@ -85,7 +95,8 @@ def _create_owner(owner: Path, guard: ExitStack, doing: str) -> None:
         if not _left_behind(content):
             raise LockError(
                 f"{owner.parent}: {_describe(content)} is {doing} here, or was killed while it did; give each run its "
-                f"own directory, or, once you know that no process is {doing} here, remove {owner}"
+                f"own directory, or, once you know that no process is {doing} here, remove {owner}",
+                _job(content),
             ) from None
         # Of two that find it, one takes it away, and both try again for the one name.
         owner.rename(owner.with_name(f"{owner.name}.{os.getpid()}"))
@@ -144,3 +155,12 @@ def _describe(content: str) -> str:
         return "a process that has not said which"
     job = f" of job {owner['job']}" if owner.get("job") else ""
     return f"process {pid} on {host}{job}, since {minutes:.0f} minutes ago,"
+
+
+def _job(content: str) -> str | None:
+    """The Slurm job of who wrote the lock."""
+    try:
+        job = json.loads(content)["job"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return None if job is None else str(job)

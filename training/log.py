@@ -62,9 +62,9 @@ class RunLog:
             if self._wandb is not None:
                 self._wandb.log({key: value for key, value in values.items() if isinstance(value, int | float)})
 
-    def event(self, step: int, event: str, detail: str = "") -> None:
-        """Something that happened to the run, in `metrics.jsonl` and for the reader."""
-        self.metrics({"step": step, "event": event, "detail": detail})
+    def event(self, step: int, event: str, detail: str = "", **values: Any) -> None:
+        """Something that happened to the run, in `metrics.jsonl`, with `values`, and for the reader."""
+        self.metrics({"step": step, "event": event, "detail": detail, **values})
         self.say(f"step {step}: {event} {detail}".rstrip())
 
     def progress(self, step: int, loss: float, tokens_per_second: float) -> None:

@@ -1,6 +1,6 @@
 """The run directory: held by one job at a time, and told how that job ended."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -65,13 +65,25 @@ class RunDirectory:
             write_ending(self.path, reason, detail, step=self.step, resumable=resumable)
 
     @contextmanager
-    def failures_marked(self) -> Iterator[None]:
-        """Marks what goes wrong inside. To be entered when all ranks know that the claim is good."""
+    def failures_marked(
+        self,
+        *,
+        explain: Callable[[Exception], str | None] = lambda error: None,
+        tell: Callable[[int, str, str], None] = lambda step, event, detail: None,
+    ) -> Iterator[None]:
+        """Marks what goes wrong inside. To be entered when all ranks know that the claim is good.
+
+        Args:
+            explain: puts an error of these ranks in better words than its own, or returns None.
+            tell: called besides with the last completed step, "failed" and the words.
+        """
         try:
             yield
         except Exception as error:
             lost = isinstance(error, RuntimeError | ConnectionError)  # a rank, a device, the network
-            self.end("failed", f"{type(error).__name__}: {error}", resumable=lost)
+            detail = explain(error) or f"{type(error).__name__}: {error}"
+            self.end("failed", detail, resumable=lost)
+            tell(self.step, "failed", detail)
             raise
 
     def __enter__(self) -> "RunDirectory":

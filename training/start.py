@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,9 +15,9 @@ from data.loader import Loader, check_batch
 from data.skipped import check_ranges
 from eval.in_loop import tasks_of
 from eval.tasks.task import Task
-from models.checkpoint import read_meta, verify
+from models.checkpoint import verify
 from models.lm import LM
-from parallel.checkpoint import find_checkpoint, load_checkpoint
+from parallel.checkpoint import find_checkpoint, load_checkpoint, read_training_meta
 from parallel.engine import Engine
 from parallel.grid import Grid, everywhere
 from parallel.partition import build_model
@@ -25,7 +26,7 @@ from parallel.stages import describe
 from parallel.writer import CheckpointWriter
 from training.environment import describe_environment
 from training.log import RunLog, format_table
-from training.progress import Progress
+from training.progress import Progress, refuse_other_data
 from training.run_directory import RunDirectory, write_whole
 
 T = TypeVar("T")
@@ -74,6 +75,7 @@ def assemble(run: RunConfig, grid: Grid, directory: RunDirectory) -> tuple[Job, 
     origin, progress = choose_start(run, grid, tokenizer_path)
     share = {"micro_batch_size": run.train.micro_batch_size, "dp_rank": grid.dp_rank, "dp_size": grid.dp_size}
     loader = Loader(run.data, split="train", batch_size=run.train.batch_size, vocab_size=run.model.vocab_size, **share)
+    progress = agreed(grid, lambda: placed(run, loader, origin, progress))
     engine = make_engine(
         model,
         grid=grid,
@@ -171,7 +173,7 @@ def choose_start(run: RunConfig, grid: Grid, tokenizer_path: Path | None) -> tup
         agreed(grid, lambda: verify(path, part=grid.rank, parts=grid.world_size))
     if path is None:
         return None, Progress()
-    meta = agreed(grid, lambda: read_meta(path))
+    meta = agreed(grid, lambda: read_training_meta(path))
     agreed(grid, lambda: refuse_other_model(run, path, meta["model"], tokenizer_path))
     if meta["step"] > run.train.steps:
         raise RunError(
@@ -180,12 +182,20 @@ def choose_start(run: RunConfig, grid: Grid, tokenizer_path: Path | None) -> tup
     return path, agreed(grid, lambda: read_progress(path, meta))
 
 
+def placed(run: RunConfig, loader: Loader, origin: Path | None, progress: Progress) -> Progress:
+    """`progress` in the data of this run; ValueError if it counts samples of others."""
+    if origin is not None:
+        refuse_other_data(progress, loader.num_rows, origin, own=origin.parent == run.directory / "checkpoints")
+    return replace(progress, rows=loader.num_rows)
+
+
 def read_progress(path: Path, meta: dict[str, Any]) -> Progress:
     """What a checkpoint says of how far its run had come; ValueError if it does not say it."""
     kept = meta["progress"]
     try:
-        consumed, skipped = kept["consumed_samples"], check_ranges(kept.get("skipped", ()))
-        return Progress(step=meta["step"], consumed_samples=consumed, skipped=skipped, health=kept.get("health", {}))
+        consumed, skipped = int(kept["consumed_samples"]), check_ranges(kept.get("skipped", ()))
+        step, rows, health = meta["step"], tuple(kept.get("rows", ())), kept.get("health", {})
+        return Progress(step=step, consumed_samples=consumed, skipped=skipped, rows=rows, health=health)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{path}: its progress cannot be read ({error}); use another checkpoint") from error
 

@@ -43,3 +43,11 @@ def test_what_does_not_fit_is_refused(
 
 def test_what_fits_is_not(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([CONFIG, "--ranks", "2", "--directory"]) == 0
+
+
+def test_all_that_a_start_refuses_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    sizes = ["data.sequence_length=32", "eval.prompts=[]", f"log.directory={tmp_path}", "--ranks", "2", "--check"]
+    assert main([CONFIG, *sizes, f"data.corpora.0.path={tmp_path}/nowhere"]) == 1
+    assert f"{tmp_path}/nowhere" in capsys.readouterr().err
+    assert main(["configs/debug_rglru.yaml", f"log.directory={tmp_path}", "--ranks", "1", "--check"]) == 0
+    assert list(tmp_path.iterdir()) == []

@@ -1,7 +1,6 @@
 """One start of a training job: its ranks as processes that run train.py, killed at a moment that the test chooses."""
 
 import contextlib
-import multiprocessing
 import os
 import resource
 import signal
@@ -12,8 +11,9 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
-from tests.parallel.launch import CPU_ONLY
+from tests.parallel.launch import CPU_ONLY, server
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -38,6 +38,7 @@ class Job:
         scratch: a directory for what they say.
         kill: when a rank ends itself.
         small_files: this rank cannot make files longer than 64 KiB, as on a full disk of its own.
+        faults: what `tests/faulty_train.py` spoils in every rank.
     """
 
     def __init__(
@@ -48,9 +49,9 @@ class Job:
         *,
         kill: Kill | None = None,
         small_files: int | None = None,
+        faults: dict[str, Any] | None = None,
     ) -> None:
-        context: Any = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["train", "deepspeed.runtime.zero.muon.original_muon"])
+        context = server()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -66,10 +67,12 @@ class Job:
                     words,
                     kill if kill is not None and kill.rank == rank else None,
                     small_files == rank,
+                    faults or {},
                 ),
                 daemon=True,
             )
-            process.start()
+            with mock.patch.dict(os.environ, CPU_ONLY):
+                process.start()
             self.processes.append(process)
 
     @property
@@ -81,7 +84,7 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.processes[rank].pid, signal.SIGKILL)
 
-    def wait(self, seconds: float = 180.0) -> list[int]:
+    def wait(self, seconds: float = 300.0) -> list[int]:
         """Exit codes of the ranks, once all have ended; the rest is killed when one was, as torchrun does it."""
         deadline = time.monotonic() + seconds
         while any(self.alive):
@@ -97,7 +100,14 @@ class Job:
         return "".join(path.read_text(errors="replace") for path in self.words if path.exists())
 
 
-def _train(arguments: list[str], env: dict[str, str], words: Path, kill: Kill | None, small_files: bool) -> None:
+def _train(
+    arguments: list[str],
+    env: dict[str, str],
+    words: Path,
+    kill: Kill | None,
+    small_files: bool,
+    spoiled: dict[str, Any],
+) -> None:
     """A rank's life."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1"} | CPU_ONLY | env
     os.chdir(ROOT)
@@ -114,9 +124,11 @@ def _train(arguments: list[str], env: dict[str, str], words: Path, kill: Kill | 
     import torch
 
     import train
+    from tests.faulty_train import faults
 
     torch.set_num_threads(1)
-    code = train.main(arguments)
+    with faults(**spoiled) if spoiled else contextlib.nullcontext():
+        code = train.main(arguments)
     sys.stderr.flush()
     os._exit(code)  # as a rank that has nothing left to do; a forked interpreter has its parent's handlers besides
 

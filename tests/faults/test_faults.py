@@ -36,7 +36,8 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     def curve(steps: int) -> dict[int, tuple]:
         directory = tmp_path_factory.mktemp("undisturbed")
         paths = [f"log.directory={directory}", f"data.corpora=[{{path: {corpus}}}]", f"train.steps={steps}"]
-        job = Job([str(TINY), *paths, *SETTINGS, "checkpoint.asynchronous=false"], RANKS, directory)
+        rarely = ["checkpoint.keep_every=null", "checkpoint.every=1000"]
+        job = Job([str(TINY), *paths, *SETTINGS, *rarely], RANKS, directory)
         assert job.wait(600) == [0] * RANKS, job.said()
         found = {step: (loss, norm) for step, loss, norm in losses_of(directory / "tiny")}
         assert sorted(found) == list(range(1, steps + 1))
@@ -64,7 +65,8 @@ def suffer(directory: Path, corpus: Path, reference: dict[int, tuple], count: in
         if campaign.tally.total() > before:
             tally[queue.pop()] += 1
             if tally.total() % 20 == 0:
-                print(f"{tally.total()} faults", flush=True)
+                so_far = ", ".join(f"{kind} {number}" for kind, number in sorted(tally.items()))
+                print(f"{tally.total()} faults on {runs} runs: {so_far}", flush=True)
     assert campaign is not None
     campaign.finish()
     skipped += campaign.skipped

@@ -140,7 +140,7 @@ def losses(grid: Grid, split: Split) -> tuple[list[tuple[Tensor, Tensor]], Curve
     found: list[Any] = []
     whole = global_batch(7)
     looks = [Batch(*(field[:rows] for field in whole)) for rows in (1, 2)]
-    found.append(engine.judge(looks[0]))
+    found.append((*engine.judge(looks[0]), engine.judge(looks[0], among=9)[1]))
     found.append((engine.evaluate(looks[1]), engine.evaluate(looks[1])))
     assert engine.module.training
     taken: Curve = []
@@ -160,10 +160,11 @@ def test_every_rank_validates_alike_and_training_goes_on(
     whole = global_batch(7)
     with torch.no_grad():
         nll, _ = model(whole.input_ids, whole.positions, whole.labels)
-        best = model(whole.input_ids, whole.positions)[0].argmax(-1) == whole.labels
+        logits = model(whole.input_ids, whole.positions)[0]
     for (judged, evaluated), taken in ranks(2).run(losses, split=Split(2)):
         torch.testing.assert_close(judged[0], nll[:1], rtol=1e-5, atol=1e-6)
-        assert torch.equal(judged[1].bool(), best[:1])
+        assert torch.equal(judged[1].long(), logits[:1].argmax(-1))
+        assert torch.equal(judged[2].long(), logits[:1, :, :9].argmax(-1))
         torch.testing.assert_close(evaluated[0], nll[:2], rtol=1e-5, atol=1e-6)
         assert torch.equal(*evaluated)
         torch.testing.assert_close(torch.tensor(taken), torch.tensor(reference[0][:2]), rtol=1e-5, atol=0.0)

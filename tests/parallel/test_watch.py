@@ -1,5 +1,6 @@
 """A dead peer: train.py on two processes, one of them killed or stopped in a step."""
 
+import json
 import os
 import re
 import signal
@@ -73,6 +74,12 @@ def test_the_other_ends_and_names_rank_and_operation(
     assert survivor.exitcode not in (None, 0), "it ended by itself, as failed"
     said = (tmp_path / f"said_{1 - victim}").read_text(encoding="utf-8")
     assert re.search(message, said), said
+    ended = json.loads((tmp_path / "watched" / "exit.json").read_text(encoding="utf-8"))
+    assert (ended["reason"], ended["resumable"]) == ("failed", True)
+    assert ended["detail"] in said, "in the same words"
+    if victim == 1:  # the other one is the lead, who writes the log
+        last = json.loads((tmp_path / "watched" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        assert (last["event"], last["detail"]) == ("failed", ended["detail"])
 
 
 ENDS_WHILE_ASKING = """
