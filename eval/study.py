@@ -73,9 +73,9 @@ CLAIMS = (
     Claim("parity_rglru", "accuracy_64", most=0.6),
     Claim("parity_rglru_attention", "accuracy_64", most=0.6),
     # One round of questions at 40 tokens, which no window of 8 shows the answer of; two at 56.
-    Claim("recall_gated_deltanet", "accuracy_40", least=0.3, above="recall_rglru"),
-    Claim("recall_rglru_attention", "accuracy_40", least=0.9),
-    Claim("recall_rglru_attention", "accuracy_40", least=0.3, above="recall_rglru_short_attention"),
+    Claim("recall_gated_deltanet", "accuracy_40", least=0.2, above="recall_rglru"),
+    Claim("recall_rglru_attention", "accuracy_40", least=0.2, above="recall_rglru"),
+    Claim("recall_rglru_short_attention", "accuracy_40", least=0.2, above="recall_rglru"),
 )
 """What is known (docs/evaluation.md), in figures of these runs."""
 

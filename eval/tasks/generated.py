@@ -27,7 +27,7 @@ class Generated:
     Attributes:
         lengths: tokens of a row.
         rows: of each length.
-        seed: of the rows. No seed gives rows that a run was trained on.
+        seed: of the rows, whose stream is no run's.
     """
 
     generates: ClassVar[bool] = False
