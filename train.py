@@ -3,9 +3,9 @@
 torchrun --nproc-per-node 2 train.py configs/demo.yaml train.steps=100
 python train.py configs/demo.yaml                    one process
 
-Exit codes: 0 finished, 75 interrupted (the same command goes on), 1 failed or refused, as for a YAML that does not hold,
-2 for a command line that cannot be parsed; exit.json in the run directory says the same, as torchrun knows 0 and 1 only.
-What is refused before there is a run directory leaves none.
+Exit codes: 0 finished, 75 interrupted (the same command goes on), 1 failed or refused, as for a YAML that does not
+hold, 2 for a command line that cannot be parsed. exit.json in the run directory says the same, as torchrun knows 0 and
+1 only; what is refused before there is a run directory leaves none.
 """
 
 import argparse

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from models.config import ModelConfig
 from models.lm import LM
 from models.mixers.placement import OpCore
+from ops.gated_delta_rule.chunked import chunk_size
 from ops.summary import AFFINE_SUMMARIES, CELL_SUMMARIES
 from parallel.plan.passing import Passing
 from parallel.plan.state import StateBytes, state_bytes
@@ -172,6 +173,11 @@ class Blocks:
                 shape = (state[-1] if isinstance(state, tuple) else state).shape
                 summary = shape.numel() + transition_entries(str(op), shape)
                 total += 4.0 / split.tensor * ((split.sequence + 1) * summary + last * shape.numel())
+                if op == "gated_delta_rule":  # whose sum is a run of the recurrence: it keeps what that keeps, in fp32
+                    _, heads, keys, values = shape
+                    chunk = chunk_size(split.slice_time, keys)
+                    of_head = keys + 2 * (keys + values) + 2 * chunk + 2 + keys * (keys + values) / chunk
+                    total += 4.0 / split.tensor * split.tokens * heads * of_head
             elif op in ("attention", "local_attention"):
                 config = module.config
                 groups = max(1, config.kv_heads // split.tensor)

@@ -154,12 +154,17 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         main([TINY, "--gpus", "0"])
 
 
-def test_the_page_on_scaling_is_what_the_planner_says() -> None:
+def test_the_page_on_scaling_has_the_failures_of_the_closed_form() -> None:
     text = PAGE.read_text(encoding="utf-8")
     for gpus in BIG:
         assert failure_row(gpus) in text, gpus
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hgrn2_7b", "griffin_14b"])
+def test_the_page_on_scaling_is_what_the_planner_says(name: str) -> None:
     with imagined_world(8):
-        assert topology_row("hgrn2_7b", 8, 4096, planner_of_page("hgrn2_7b", 4096)) in text
+        assert topology_row(name, 8, 4096, planner_of_page(name, 4096)) in PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -1,33 +1,19 @@
-"""Writing checkpoints: what is kept, what training waits for, what each rank holds, and what failures leave behind."""
+"""Writing checkpoints: what is kept, what training waits for, and what a failure in the background leaves."""
 
 import contextlib
 import errno
 import json
 import math
 import os
-import resource
-import subprocess
 import threading
-import weakref
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from models.checkpoint import (
-    CheckpointError,
-    latest_good,
-    list_checkpoints,
-    read_meta,
-    read_weights,
-    verify,
-)
+from models.checkpoint import latest_good, read_meta, read_weights, verify
 from parallel.grid import Grid
 from tests.parallel.saving import names, refused, save, save_steps, save_with
 from tests.parallel.tiny import tiny_engine, train
@@ -240,162 +226,3 @@ def give_up(grid: Grid, directory: Path) -> None:
 def test_a_save_that_is_given_up_leaves_nothing(ranks, tmp_path):
     ranks(2).run(give_up, directory=tmp_path)
     assert names(tmp_path) == ["latest", "step_00000002"]
-
-
-class Storages(TorchDispatchMode):
-    """Most bytes that tensors made while it is active held at any one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in known | self._known:
-                self._add(tensor.untyped_storage())
-        return result
-
-    def _add(self, storage: Any) -> None:
-        address, size = storage.data_ptr(), storage.nbytes()
-        self._known.add(address)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._remove, address, size)
-
-    def _remove(self, address: int, size: int) -> None:
-        self._known.discard(address)
-        self.alive -= size
-
-
-def measure_memory(grid: Grid, directory: Path) -> list[tuple[int, ...]]:
-    """For each ZeRO stage: parameters, elements of the largest, bytes kept by a save, most that two take."""
-    from parallel.snapshot import HostCopies
-
-    found = []
-    for stage in (0, 1, 2, 3):
-        state = tiny_engine(grid, zero_stage=stage).state
-        sizes = [state.shapes[name].numel() for name in state.names]
-        copies = HostCopies()
-        with Storages() as storages:
-            kept = copies.take(grid, state)
-        assert copies.num_bytes == sum(t.nbytes for t in kept.values())
-        with Storages() as again:
-            copies.take(grid, state)
-        found.append((sum(sizes), max(sizes), copies.num_bytes, storages.peak, again.peak))
-    return found
-
-
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_no_rank_holds_more_than_its_share_and_a_tensor(ranks, tmp_path, size):
-    of_ranks = ranks(size).run(measure_memory, directory=tmp_path)
-    for found in of_ranks:
-        for total, largest, kept, peak, again in found:
-            assert kept <= 12 * total / size + 4 * largest
-            # What DeepSpeed gathers with, and what it is gathered from, are of one tensor each.
-            assert peak <= 12 * total / size + 3 * 4 * largest
-            assert again <= 3 * 4 * largest, "the second save writes over the first"
-    for stage_figures in zip(*of_ranks, strict=True):
-        assert sum(kept for _, _, kept, *_ in stage_figures) == 12 * stage_figures[0][0], "each tensor is kept once"
-
-
-def test_the_measure_of_memory_sees_a_gathered_model():
-    with Storages() as storages:
-        whole = [torch.zeros(1000) for _ in range(5)]
-        del whole
-        torch.zeros(10)
-    assert storages.peak == 20_000
-    assert storages.alive == 0
-
-
-@contextlib.contextmanager
-def no_file_beyond(num_bytes: int):
-    """Writing more to a file fails in this process, as it would on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def save_through_faults(grid: Grid, directory: Path) -> list[str]:
-    """Saves step 1, fails at step 2 in several ways, saves step 3."""
-    engine = tiny_engine(grid, zero_stage=1)
-    save(engine, directory, 1)
-    obstacle = directory.parent / "file"
-    obstacle.touch()
-    messages = []
-    with no_file_beyond(4096) if grid.rank == 1 else contextlib.nullcontext():
-        messages.append(refused(lambda: save(engine, directory, 2)))
-    messages.append(refused(lambda: save(engine, directory, 2, tokenizer_path=directory / "absent.model")))
-    messages.append(refused(lambda: save(engine, obstacle / "run", 2)))
-    messages.append(" ".join(path.name for path in directory.glob(".step_*")))
-    dist.barrier()  # the next save sweeps: first all look
-    save(engine, directory, 3)
-    return messages
-
-
-def test_a_failed_save_is_told_to_all_ranks_and_leaves_no_trace(ranks, tmp_path):
-    directory = tmp_path / "run"
-    first, second = ranks(2).run(save_through_faults, directory=directory, timeout=60)
-    assert first == second
-    too_large, no_tokenizer, no_directory, left = first
-    final = directory / "step_00000002"
-    for message in (too_large, no_tokenizer):
-        assert message.startswith(f"{final}: not saved: ")
-        assert "older checkpoints are intact" in message
-    assert os.strerror(errno.EFBIG) in too_large
-    assert "rank 1" in too_large
-    assert "absent.model" in no_tokenizer
-    assert "rank 0" in no_tokenizer
-    assert os.strerror(errno.ENOTDIR) in no_directory
-    assert left == ""
-    assert names(directory) == ["latest", "step_00000001", "step_00000003"]
-    for path in list_checkpoints(directory):
-        verify(path)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 512 KiB."""
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(tmp_path)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
-
-
-def save_until_full(grid: Grid, directory: Path) -> str:
-    engine = tiny_engine(grid, zero_stage=1)
-    try:
-        for step in range(1, 10):
-            save(engine, directory, step, keep={"keep_last": 10})
-    except CheckpointError as error:
-        return str(error)
-    return "never full"
-
-
-def remount(directory: Path, option: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{option}", str(directory)], check=True)
-
-
-def test_a_full_and_a_read_only_disk_are_one_clear_error(ranks, small_disk):
-    first, second = ranks(2).run(save_until_full, directory=small_disk, timeout=60)
-    assert first == second
-    assert os.strerror(errno.ENOSPC) in first
-    good, skipped = latest_good(small_disk)
-    assert good == list_checkpoints(small_disk)[-1]
-    assert not skipped
-    assert not list(small_disk.glob(".step_*"))
-
-    remount(small_disk, "ro")
-    first, second = ranks(2).run(save_until_full, directory=small_disk, timeout=60)
-    remount(small_disk, "rw")
-    assert first == second
-    assert os.strerror(errno.EROFS) in first
-    assert latest_good(small_disk) == (good, [])
