@@ -2,7 +2,8 @@
 
 Prints the whole configuration, defaults and overrides in place, or with --directory the run directory alone; with
 --ranks it is refused if it cannot be spread over so many processes, with --check also for all that a start would refuse
-it for: corpora, tokenizer, another run in the directory. For scripts, before anything is allocated.
+it for: corpora, tokenizer, another run in the directory, too little memory where there is a GPU. For scripts, before
+anything is allocated.
 """
 
 import argparse
@@ -27,10 +28,12 @@ def check_ranks(run: RunConfig, ranks: int) -> dict[str, int]:
 
 
 def check_start(run: RunConfig, sizes: dict[str, int]) -> None:
-    """Raises ValueError where the first rank of a grid of `sizes` would."""
+    """Raises ValueError where the first rank of a grid of `sizes` would; for want of memory if a GPU is at hand."""
+    from parallel.plan.fits import refuse_too_large
     from training.start import check_run  # takes seconds to import
 
     ranks = math.prod(sizes.values())
+    refuse_too_large(run, ranks)
     check_run(run, Grid(rank=0, world_size=ranks, local_rank=0, device=torch.device("cpu"), axes=make_axes(0, sizes)))
 
 

@@ -8,9 +8,14 @@ import torch
 from parallel.plan.hardware import Hardware, nearest
 
 
-def refuse_too_large(run: Any) -> None:
+def refuse_too_large(run: Any, ranks: int | None = None) -> None:
     """Before anything is built: raises ValueError, with the planner's table, if the run cannot fit this rank's GPU. On
-    a CPU there is nothing to ask."""
+    a CPU there is nothing to ask.
+
+    Args:
+        run: the run.
+        ranks: on how many; as many as the launcher started if None.
+    """
     if not torch.cuda.is_available():
         return
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -20,5 +25,5 @@ def refuse_too_large(run: Any) -> None:
 
     device = torch.cuda.get_device_properties(local_rank)
     machine = Hardware(**{**vars(nearest(device.name)), "memory": float(device.total_memory)})
-    if (reason := problem(run, int(os.environ.get("WORLD_SIZE", "1")), machine)) is not None:
+    if (reason := problem(run, ranks or int(os.environ.get("WORLD_SIZE", "1")), machine)) is not None:
         raise ValueError(reason)

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
+import configs.show
 import train
 from configs.schema import load_config
 from parallel.config import ParallelConfig
@@ -132,9 +133,11 @@ def test_training_refuses_it_before_anything_is_built(tmp_path: Path, capsys: py
         mock.patch.object(train, "train", side_effect=AssertionError("built")),
     ):
         assert train.main([TINY, f"log.directory={tmp_path}"]) == 1
-    said = capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert configs.show.main([TINY, f"log.directory={tmp_path}", "--ranks", "2", "--check"]) == 1
     assert said.startswith("train.py: parallel: 1 GPUs: the run takes ")
     assert "none of" in said
+    assert capsys.readouterr().err.startswith("configs.show: parallel: 2 GPUs: the run takes ")
     assert not list(tmp_path.iterdir())
 
 
