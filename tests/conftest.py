@@ -12,12 +12,23 @@ if not torch.cuda.is_available():  # read where kernels are defined, so before a
 from tests.parallel.launch import Ranks
 
 
+LONG = ("tests/slurm/", "tests/faults/", "tests/test_train.py", "tests/test_health.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no process has one left when the others are done."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
-    """`ranks(n)`: n processes in one gloo group (tests/parallel/launch.py), started once and shared by all tests."""
+    """`ranks(n)`: n processes in one gloo group (tests/parallel/launch.py), shared by tests until they are tired."""
     started: dict[int, Ranks] = {}
 
     def get(size: int) -> Ranks:
+        for group in started.values():
+            if group.alive and group.tired:
+                group.close()
         if size not in started or not started[size].alive:
             started[size] = Ranks(size)
         return started[size]

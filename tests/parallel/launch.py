@@ -20,6 +20,9 @@ from multiprocessing.context import ForkServerContext
 from typing import Any
 from unittest import mock
 
+THREADS = 40
+"""Of one rank, three for each process group."""
+
 CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
@@ -58,6 +61,12 @@ class Ranks:
     @property
     def alive(self) -> bool:
         return all(process.is_alive() for process in self.processes)
+
+    @property
+    def tired(self) -> bool:
+        """Whether they should be replaced: each process group has a thread that looks for work a hundred times a
+        second, engines make some that nothing ends, and a few hundred take all of a small machine."""
+        return len(os.listdir(f"/proc/{self.processes[0].pid}/task")) > THREADS
 
     def start(self, function: Callable[..., Any], /, **kwargs: Any) -> None:
         """Has every rank call `function(grid, **kwargs)`, and does not wait. `function` must be importable."""
