@@ -11,7 +11,6 @@ if not torch.cuda.is_available():  # read where kernels are defined, so before a
 
 from tests.parallel.launch import Ranks
 
-
 LONG = ("tests/slurm/", "tests/faults/", "tests/test_train.py", "tests/test_health.py")
 
 
