@@ -23,10 +23,12 @@ from ops.gated_delta_rule.inverse import unit_lower_inverse
 from ops.layout import Layout
 from ops.precision import accumulation_dtype, without_autocast
 
-# Short chunks are precise: what a time loop takes away from a state token by token cancels in a chunk's fp32 sums. If K
-# exceeds WIDE, the state is so large that longer chunks, which read it less often, are half as fast again.
-MAX_CHUNK, MAX_CHUNK_WIDE = 16, 32
-WIDE = 64
+# Short chunks are precise: what a time loop takes away from a state token by token cancels in a chunk's fp32 sums, the
+# more the fewer features keep keys apart. If K exceeds WIDE, the state is so large that longer chunks, which read it less
+# often, are half as fast again.
+NARROW, MAX_CHUNK_NARROW = 16, 8
+MAX_CHUNK = 16
+WIDE, MAX_CHUNK_WIDE = 64, 32
 
 
 def gated_delta_rule(
@@ -54,7 +56,8 @@ def gated_delta_rule(
 
 def chunk_size(time: int, keys: int) -> int:
     """C, a power of two, for a sequence of `time` tokens and K = `keys`."""
-    return min(MAX_CHUNK if keys <= WIDE else MAX_CHUNK_WIDE, 1 << (time - 1).bit_length())
+    longest = MAX_CHUNK_NARROW if keys <= NARROW else MAX_CHUNK if keys <= WIDE else MAX_CHUNK_WIDE
+    return min(longest, 1 << (time - 1).bit_length())
 
 
 def cut(z: Tensor, size: int, dtype: torch.dtype, group: int = 1) -> Tensor:

@@ -125,7 +125,7 @@ def test_any_documents(row: list[int], seed: int) -> None:
 
 
 def extreme_inputs(time: int) -> Inputs:
-    inputs = make_inputs(time, heads=4, group=2, dtype=torch.float32)
+    inputs = make_inputs(time, heads=8, group=2, width=16, dtype=torch.float32)
     inputs["log_decay"] = extreme_decays(*inputs["log_decay"].shape)
     inputs["beta"] = torch.tensor([0.0, 1.0, 2.0])[torch.randint(0, 3, inputs["beta"].shape)]
     return inputs
@@ -135,8 +135,7 @@ def extreme_inputs(time: int) -> Inputs:
 def test_extreme_decays_and_strengths(kind: str) -> None:
     """Decays of 1, exp(-1e4) and exactly 0 beside ordinary ones; tokens that write nothing, replace or reflect."""
     inputs, layout = extreme_inputs(130), layouts(130)[kind]
-    # Reflections that nothing decays, over all 130 tokens: the gradient of the initial state errs 2.6 times as much.
-    assert_earned(rule, inputs, layout=layout, factor=3.0)
+    assert_earned(rule, inputs, layout=layout)
 
 
 def test_no_decay_at_all() -> None:
