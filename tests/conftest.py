@@ -11,14 +11,6 @@ if not torch.cuda.is_available():  # read where kernels are defined, so before a
 
 from tests.parallel.launch import Ranks
 
-LONG = ("tests/slurm/", "tests/faults/", "tests/test_train.py", "tests/test_health.py")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that no process has one left when the others are done."""
-    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
-
-
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
     """`ranks(n)`: n processes in one gloo group (tests/parallel/launch.py), shared by tests until they are tired."""

@@ -24,8 +24,8 @@ from ops.layout import Layout
 from ops.precision import accumulation_dtype, without_autocast
 
 # Short chunks are precise: what a time loop takes away from a state token by token cancels in a chunk's fp32 sums, the
-# more the fewer features keep keys apart. If K exceeds WIDE, the state is so large that longer chunks, which read it less
-# often, are half as fast again.
+# more the fewer features keep keys apart. If K exceeds WIDE, the state is so large that longer chunks, which read it
+# less often, are half as fast again.
 NARROW, MAX_CHUNK_NARROW = 16, 8
 MAX_CHUNK = 16
 WIDE, MAX_CHUNK_WIDE = 64, 32
