@@ -11,6 +11,7 @@ if not torch.cuda.is_available():  # read where kernels are defined, so before a
 
 from tests.parallel.launch import Ranks
 
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
     """`ranks(n)`: n processes in one gloo group (tests/parallel/launch.py), shared by tests until they are tired."""
