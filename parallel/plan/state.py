@@ -162,7 +162,7 @@ def _scattered(
     everything = list(itertools.chain.from_iterable(groups))
     shares = [share_of_group(group, ranks, 3) for group in groups]
     share = WORD * sum(shares)
-    kept = WORD * sum(n for n in everything if n <= persistent)
+    kept = WORD * sum(math.ceil(n / ranks) * ranks for n in everything if n <= persistent)
     parts = [min(size, LARGEST_SUBGROUP) for size in shares]
     optimizer = 3 * share + WORD * sum(math.ceil(size / LARGEST_SUBGROUP) for size in shares)
     gathered = WORD * min(sum(everything), MAX_GATHERED + max(everything))
