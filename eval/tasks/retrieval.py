@@ -6,6 +6,7 @@ greedy decoding would write it. A row of 64k tokens is read through the state li
 """
 
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,8 +112,9 @@ class Retrieval:
         error = (accuracy * (1 - accuracy) / max(count - 1, 1)) ** 0.5
         return {"accuracy": accuracy, "accuracy_stderr": error} | by_length | {"rows": count, "heat_map": heat_map}
 
+    @abstractmethod
     def _in_words(self, generator: np.random.Generator, tokenizer: Any, length: int, depth: float) -> Row:
-        raise NotImplementedError
+        """The row of one question, `length` tokens long, its answer `depth` of the way in."""
 
 
 @dataclass(frozen=True, kw_only=True)

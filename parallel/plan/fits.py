@@ -1,11 +1,12 @@
 """The question before a run is built: does it fit the GPU?"""
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from parallel.plan.hardware import Hardware, nearest
+from parallel.plan.hardware import nearest
 
 
 def refuse_too_large(run: Any, ranks: int | None = None) -> None:
@@ -24,6 +25,6 @@ def refuse_too_large(run: Any, ranks: int | None = None) -> None:
     from parallel.plan.misfit import problem  # takes seconds to import, and no CPU needs it
 
     device = torch.cuda.get_device_properties(local_rank)
-    machine = Hardware(**{**vars(nearest(device.name)), "memory": float(device.total_memory)})
+    machine = replace(nearest(device.name), memory=float(device.total_memory))
     if (reason := problem(run, ranks or int(os.environ.get("WORLD_SIZE", "1")), machine)) is not None:
         raise ValueError(reason)

@@ -3,7 +3,7 @@
 Nothing here was measured by this project on a GPU, except where docs/scaling.md says so.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GB = 1e9
 
@@ -38,31 +38,23 @@ class Hardware:
     launch: float = 6e-6
 
 
+# 989 TFLOP/s, 80 GB at 3.35 TB/s, NVLink 450 GB/s each way, one 400 Gbit/s port a GPU.
+H100 = Hardware(
+    name="H100",
+    memory=78 * GB,
+    peak=989e12,
+    products=650e12,
+    wide_products=50e12,
+    bandwidth=2.9e12,
+    near=360 * GB,
+    far=42 * GB,
+)
+
 HARDWARE: dict[str, Hardware] = {
     kind.name: kind
     for kind in (
-        # 989 TFLOP/s, 80 GB at 3.35 TB/s, NVLink 450 GB/s each way, one 400 Gbit/s port a GPU.
-        Hardware(
-            name="H100",
-            memory=78 * GB,
-            peak=989e12,
-            products=650e12,
-            wide_products=50e12,
-            bandwidth=2.9e12,
-            near=360 * GB,
-            far=42 * GB,
-        ),
-        # The same chip with 141 GB at 4.8 TB/s.
-        Hardware(
-            name="H200",
-            memory=138 * GB,
-            peak=989e12,
-            products=650e12,
-            wide_products=50e12,
-            bandwidth=4.1e12,
-            near=360 * GB,
-            far=42 * GB,
-        ),
+        H100,
+        replace(H100, name="H200", memory=138 * GB, bandwidth=4.1e12),  # the same chip with 141 GB at 4.8 TB/s
         # 312 TFLOP/s, 80 GB at 2.0 TB/s, NVLink 300 GB/s each way, one 200 Gbit/s port a GPU.
         Hardware(
             name="A100",
@@ -105,9 +97,9 @@ def hardware_named(name: str, memory_gb: float | None = None) -> Hardware:
         return found
     if not memory_gb > 0:
         raise ValueError(f"--gpu-memory: {memory_gb}; must be positive; give the GB of one GPU, for example 80")
-    return Hardware(**{**vars(found), "memory": memory_gb * GB})
+    return replace(found, memory=memory_gb * GB)
 
 
 def nearest(device_name: str) -> Hardware:
     """The machine whose name is part of a device's as torch gives it; the H100 where none is."""
-    return next((kind for kind in HARDWARE.values() if kind.name in device_name), HARDWARE["H100"])
+    return next((kind for kind in HARDWARE.values() if kind.name in device_name), H100)

@@ -29,7 +29,7 @@ Case = tuple[int, int, bool, bool]
 
 
 def measured(grid: Grid, cases: list[Case]) -> list[dict[Key, Volume]]:
-    """Of a forward and a backward pass, every second block checkpointed."""
+    """Of a forward and a backward pass, every block checkpointed."""
     from parallel.partition import build_model
 
     found = []
@@ -39,8 +39,7 @@ def measured(grid: Grid, cases: list[Case]) -> list[dict[Key, Volume]]:
             sequence=sequence,
             tensor=tensor,
             sequence_sharded_norms=sharded,
-            activation_checkpointing="selective",
-            checkpointed_mixers=LAYERS[::2] + LAYERS[1::2],
+            activation_checkpointing="full",
         )
         model, _, _ = build_model(config_of(**SETTINGS), on, seed=0, sequence_length=TIME, parallel=parallel)
         tokens = torch.randint(0, 61, (ROWS, TIME // sequence), generator=torch.Generator().manual_seed(grid.rank))

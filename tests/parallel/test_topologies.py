@@ -10,11 +10,11 @@ from torch import nn
 from models.lm import LM
 from parallel.config import ParallelConfig
 from parallel.grid import Grid
+from tests.parallel.engines import ROWS, global_batch
 from tests.parallel.mixed import TIME, Z_LOSS, config_of
 from tests.parallel.tiny import LR, OPTIMIZER, Batch
 from training.optimizer import parameter_groups
 
-ROWS = 4
 STEPS = range(5)
 LAYERS = ("rglru", "hgrn2", "gated_deltanet", "paralstm", "local_attention")
 Split = tuple[int, int, int]
@@ -24,19 +24,6 @@ Split = tuple[int, int, int]
 def learning_rate(step: int) -> float:
     """Low: AdamW's first updates are signs of gradients, and near zero the sign is that of the rounding."""
     return 0.1 * LR * (1.0 - 0.1 * step)
-
-
-def global_batch(step: int) -> Batch:
-    """Rows with other documents and numbers of targets each."""
-    generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, 61, (ROWS, TIME + 1), generator=generator)
-    positions = torch.arange(TIME).repeat(ROWS, 1)
-    for row, cut in enumerate((5, 12, 18)):
-        positions[row, cut:] = torch.arange(TIME - cut)
-    labels = tokens[:, 1:].clone()
-    for row, targets in enumerate((20, 3, 24, 11)):
-        labels[row, targets:] = -100
-    return Batch(tokens[:, :-1], labels, positions)
 
 
 def engine_on(grid: Grid, split: Split, seed: int = 0) -> Any:
