@@ -6,7 +6,7 @@ greedy decoding would write it. A row of 64k tokens is read through the state li
 """
 
 import re
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +50,7 @@ class Cell(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Retrieval:
+class Retrieval(ABC):
     """What both tasks have in common.
 
     Metrics: `accuracy`, the share of answers that are right; `accuracy_T` for each length; `heat_map`, a list of
