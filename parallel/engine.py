@@ -8,6 +8,7 @@ its sum divided by that count. DeepSpeed averages gradients over the data axis, 
 import math
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import deepspeed
@@ -174,7 +175,8 @@ class Engine:
             return self._all(math.isfinite(loss) and math.isfinite(norm) and accept(loss, norm))
 
         self._gate.expect(admit)
-        self._run(batches, scale, sums)
+        with self._narrow_weights():
+            self._run(batches, scale, sums)
         # DeepSpeed drops a gradient whose norm is not finite without asking.
         loss, z_loss, norm = measured[0] if measured else self._measure(sums, tokens)
         return StepResult(loss, z_loss, norm, int(tokens), stop=bool(stops), accepted=self._gate.passed)
@@ -183,6 +185,16 @@ class Engine:
     def called(self) -> nn.Module:
         """What is called once a microbatch on this rank: the model, or a pipeline stage of it."""
         return self._deepspeed.module
+
+    def _narrow_weights(self) -> AbstractContextManager[Any]:
+        """Inside, autocast makes one bf16 copy of each weight and keeps it for all passes; by itself it makes copies
+        anew for every microbatch, which each hold theirs to the backward pass. Under ZeRO 3 it keeps none: copies of
+        everything are what that divides.
+
+        Autocast drops what it keeps where its outermost context ends. This one is off, and DeepSpeed's lie inside.
+        """
+        keeps = self.parallel.zero_stage < 3
+        return torch.autocast(self.grid.device.type, torch.bfloat16, enabled=False, cache_enabled=keeps)
 
     def _run(self, batches: Sequence[tuple[Tensor, Tensor, Tensor]], scale: Tensor, sums: Tensor) -> None:
         """Forward and backward of all microbatches, whose objective is the sum over targets times `scale`, and the
@@ -234,7 +246,8 @@ class Engine:
         """Both results of the head over this rank's whole rows, without a step."""
         self.module.eval()
         try:
-            found = self._deepspeed(*self._to_device(batch))
+            with self._narrow_weights():
+                found = self._deepspeed(*self._to_device(batch))
         finally:
             self.module.train()
         axis = self.grid.axes["sequence"]

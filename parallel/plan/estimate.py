@@ -23,6 +23,9 @@ KINDS = ("weights", "gradients", "optimizer", "activations", "state", "logits", 
 UPDATE_BYTES = 32
 """Moved for each entry that AdamW updates: gradient, weight and moments read, three of them written, and a copy."""
 
+COPY_FACTOR = 3
+"""Times the bytes of a bf16 copy that making it from fp32 moves."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arrangement:
@@ -56,7 +59,8 @@ class Arrangement:
 @dataclass(frozen=True, kw_only=True)
 class Times:
     """Seconds of a step of the slowest stage: `compute` and `exchange` of its microbatches, what it waits in the
-    pipeline's `bubble`, what reducing gradients and gathering weights take (`reduce`), and the `update`."""
+    pipeline's `bubble`, what reducing gradients and gathering weights take (`reduce`), and the `update`, new copies of
+    weights included."""
 
     compute: float
     exchange: float
@@ -92,6 +96,7 @@ class Estimate:
             corrections=min(CORRECTIONS, max(1, split.sequence - 1)),
         )
         self.checkpointed = checkpointed_blocks(blocks.config.layers, split)
+        self.keeps_copies = split.zero_stage < 3  # of weights, for all passes of a step (`Engine`)
 
     @property
     def stream_bytes(self) -> int:
@@ -138,12 +143,20 @@ class Estimate:
         gradients, activations, state = float(held.gradients), in_flight * kept + working, in_flight * exchanged
         if held.reduced > gradients + activations + state + logits:
             gradients, activations, state, logits = held.reduced, 0.0, 0.0, 0.0
-        sizes = (held.weights, gradients, held.optimizer, activations, state, logits, buffers)
+        weights = held.weights + self._copies(stage)
+        sizes = (weights, gradients, held.optimizer, activations, state, logits, buffers)
         return dict(zip(KINDS, map(float, sizes), strict=True))
+
+    def _copies(self, stage: int) -> float:
+        """Bytes of the copies of a stage's weights that last for a step."""
+        if not self.keeps_copies:
+            return 0.0
+        kinds = self.blocks.counts(*self.stages.bounds[stage : stage + 2])
+        return sum(number * self.blocks.cost(kind, self.split).copies for kind, number in kinds.items())
 
     def _activations(self, stage: int) -> tuple[float, float, float]:
         """Of one microbatch: what is kept to the backward pass, the most that is alive besides within it, and what is
-        kept of other slices."""
+        kept of other slices. Copies of weights are among it where they do not last for a step."""
         kept = working = exchanged = 0.0
         first, after = self.stages.bounds[stage : stage + 2]
         for twice in (False, True):
@@ -152,9 +165,10 @@ class Estimate:
                 number = sum(self.blocks.config.layers[i] == kind for i in layers)
                 cost = self.blocks.cost(kind, self.split)
                 more = self.blocks.exchanged(kind, self.split)
-                kept += number * (self.stream_bytes if twice else cost.kept)
+                copies = 0.0 if self.keeps_copies else cost.copies
+                kept += number * (self.stream_bytes if twice else cost.kept + copies)
                 exchanged += 0.0 if twice else number * more
-                working = max(working, cost.peak + more if twice else cost.peak - cost.kept)
+                working = max(working, cost.peak + copies + more if twice else cost.peak - cost.kept)
         return kept, working, exchanged
 
     @cached_property
@@ -206,7 +220,8 @@ class Estimate:
         more = 0.0  # the summary of a slice is one more pass of the recurrence, and another with each correction
         if self.split.sequence > 1:
             more = cost.core_bytes * (1 + (self.split.corrections if kind in self.blocks.nonlinear else 0))
-        ahead = cost.forward_flops / rate + (cost.forward_bytes + more) / machine.bandwidth
+        moved = cost.forward_bytes + more - (COPY_FACTOR * cost.copies if self.keeps_copies else 0.0)
+        ahead = cost.forward_flops / rate + moved / machine.bandwidth
         back = cost.backward_flops / rate + (cost.backward_bytes + more) / machine.bandwidth
         ahead += pairs / (rate * ATTENTION_SHARE[0])
         back += 2.5 * pairs / (rate * ATTENTION_SHARE[1])
@@ -268,12 +283,13 @@ class Estimate:
         )
         work = sum(self.passes(self.slowest))
         waits = bubble(count, split.pipeline)
+        moved = UPDATE_BYTES * self.state(self.slowest).share + COPY_FACTOR * self._copies(self.slowest)
         return Times(
             compute=count * work,
             exchange=count * exchange,
             bubble=count * (work + exchange) * waits / (1 - waits),
             reduce=self._wire((axis, operation, volume) for (axis, operation), volume in reduced.items()),
-            update=UPDATE_BYTES * self.state(self.slowest).share / self.hardware.bandwidth,
+            update=moved / self.hardware.bandwidth,
         )
 
     def _wire(self, sent: Iterable[tuple[str, str, Volume]]) -> float:

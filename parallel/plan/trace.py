@@ -35,8 +35,9 @@ class Cost:
     """Of one pass over a microbatch on one rank; bytes, FLOPs and calls.
 
     Attributes:
-        kept: between forward and backward pass, weights not counted.
-        peak: the most that is alive in the backward pass, what is kept included, weights and their gradients not.
+        kept: between forward and backward pass, weights and their copies not counted.
+        peak: the most that is alive in the backward pass, what is kept included; weights, copies and gradients are not.
+        copies: autocast's, of weights.
         forward_flops, backward_flops: of matrix products.
         forward_bytes, backward_bytes: moved by everything else.
         core_bytes: of `forward_bytes`, the recurrence's.
@@ -45,6 +46,7 @@ class Cost:
 
     kept: float = 0.0
     peak: float = 0.0
+    copies: float = 0.0
     forward_flops: float = 0.0
     backward_flops: float = 0.0
     forward_bytes: float = 0.0
@@ -64,10 +66,12 @@ class Cost:
 
 
 class Tracer(TorchDispatchMode):
-    """Counts what runs while it is active, and the bytes of tensors made meanwhile that are alive."""
+    """Counts what runs while it is active, and the bytes of tensors made meanwhile that are alive; `copies` are those
+    of weights that autocast keeps, which are of whole matrices, not of views."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.copies: dict[int, int] = {}
         self.flops = self.bytes = self.core_bytes = self.calls = 0.0
         self.alive = self.peak = 0
         self._watched: dict[int, weakref.ref[Any]] = {}
@@ -78,6 +82,9 @@ class Tracer(TorchDispatchMode):
         outputs = [z for z in tree_leaves(out) if isinstance(z, Tensor)]
         inputs = [z for z in tree_leaves((args, kwargs)) if isinstance(z, Tensor)]
         self._count(func, inputs, outputs, args, kwargs or {}, out)
+        if is_weight_copy(func, args):
+            storage = outputs[0].untyped_storage()
+            self.copies[storage._cdata] = storage.nbytes()
         for z in outputs:
             self.watch(z)
         return out
@@ -146,11 +153,12 @@ def trace(
 
         tracer = Tracer()
         handles = [p.register_post_accumulate_grad_hook(_drop) for p in module.parameters()]
-        with tracer:
+        with tracer, torch.autocast("cpu", torch.bfloat16, enabled=False):  # outside, as in `Engine`: copies stay
             with saved_tensors_hooks(keep, lambda z: z), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 y = call(stream, layout)
             common = {z.untyped_storage()._cdata for z in tree_leaves(layout._derived) if isinstance(z, Tensor)}
             common.add(layout.positions.untyped_storage()._cdata)
+            common.update(tracer.copies)
             size = sum(storage.nbytes() for key, storage in kept.items() if key not in common)
             of_stream = stream.untyped_storage().nbytes() if stream.untyped_storage()._cdata in kept else 0
             kept.clear()
@@ -159,9 +167,11 @@ def trace(
             y.backward(torch.empty_like(y))
         for handle in handles:
             handle.remove()
+    copies = sum(tracer.copies.values())
     return Cost(
         kept=size,
-        peak=tracer.peak + of_stream,
+        peak=tracer.peak + of_stream - copies,
+        copies=copies,
         forward_flops=forward[0],
         backward_flops=tracer.flops - forward[0],
         forward_bytes=forward[1],
@@ -170,6 +180,11 @@ def trace(
         forward_calls=forward[2],
         backward_calls=tracer.calls - forward[2],
     )
+
+
+def is_weight_copy(func: Any, args: Any) -> bool:
+    """Whether autocast keeps what this operation returns."""
+    return func is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter) and args[0].dim() > 1
 
 
 def _drop(parameter: Tensor) -> None:
