@@ -92,8 +92,11 @@ DERIVED_KEYS = {
 OFFLOADS = {"zero_optimization.offload_optimizer": 1, "zero_optimization.offload_param": 3}
 """DeepSpeed keys that keep state in the machine's memory, each with the lowest ZeRO stage that can."""
 
+REDUCE_BUCKET_SIZE = 50_000_000
+"""Entries of gradients that are reduced at once: 200 MB; DeepSpeed's own default takes 2 GB of a GPU."""
+
 DEFAULTS = {
-    "zero_optimization": {"reduce_bucket_size": 50_000_000},  # 200 MB; DeepSpeed's own default takes 2 GB of a GPU
+    "zero_optimization": {"reduce_bucket_size": REDUCE_BUCKET_SIZE},
     "timers": {"throughput": {"enabled": False}},  # it waits for the device around every forward pass
 }
 """DeepSpeed keys whose defaults do not serve; `engine` may change them."""

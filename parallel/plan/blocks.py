@@ -6,9 +6,10 @@ pairs of tokens are left to a formula.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from models.lm import LM
 from models.mixers.placement import OpCore
 from ops.gated_delta_rule.chunked import chunk_size
 from ops.summary import AFFINE_SUMMARIES, CELL_SUMMARIES
+from parallel.plan.gathered import gathered
 from parallel.plan.passing import Passing
 from parallel.plan.state import StateBytes, state_bytes
 from parallel.plan.trace import Cost, trace
@@ -80,6 +82,7 @@ class Blocks:
         self.groups, self.kind, self.cost = cache(self._groups), cache(self._kind), cache(self._cost)
         self.exchanged, self.state = cache(self._exchanged), cache(self._state)
         self.sums, self.tied = Passing(config).sums, cache(self._tied)
+        self.handed_out = cache(self._handed_out)
         self.entries = {name: p.numel() for name, p in self.whole.named_parameters()}
         self.flops_per_token = self.whole.flops_per_token(sequence_length)
         self.nonlinear = {kind for kind in config.layers if self._mixer(kind).core.op.__name__ in CELL_SUMMARIES}
@@ -103,6 +106,10 @@ class Blocks:
         names = {parameter: name for name, parameter in model.named_parameters()}
         groups = [group["params"] for group in parameter_groups(model, 0.0)]
         return tuple(tuple((names[p], p.numel()) for p in group) for group in groups)
+
+    def local(self, tensor: int) -> dict[str, int]:
+        """Entries of a tensor rank's parameters, by name."""
+        return dict(chain.from_iterable(self.groups(tensor)))
 
     def _kind(self, kind: str, tensor: int) -> Kind:
         """Of the blocks whose mixer is called so, or `head`."""
@@ -187,9 +194,36 @@ class Blocks:
                 total += 2.0 * tokens * config.head_dim * split.narrow
         return total
 
-    def _tied(self, stages: Stages, stage: int) -> int:
-        """Entries of `stage` that other stages hold too."""
-        return sum(self.entries[name] for name, holders in stages.shared.items() if stage in holders)
+    def _handed_out(self, tensor: int, ranks: int, persistent: int, reuse_distance: int) -> tuple[int, int]:
+        """Entries of its own that each of `ranks` hands out under ZeRO 3: for a microbatch, and once a step, of
+        parameters that are whole on all ranks between updates.
+
+        Args:
+            persistent: entries up to which a parameter is.
+            reuse_distance: as of `gathered`.
+        """
+        entries = self.local(tensor)
+        share = {name: -(-n // ranks) for name, n in entries.items()}
+        units = self._used({name: n for name, n in entries.items() if n > persistent})
+        times = gathered(units, reuse_distance)
+        once = sum(share[name] for name, n in entries.items() if n <= persistent)
+        return sum(number * share[name] for name, number in times.items()), once
+
+    def _used(self, entries: Mapping[str, int]) -> list[dict[str, int]]:
+        """Of these parameters, those that embedding, blocks and head use, in this order."""
+        units: list[dict[str, int]] = [{} for _ in range(len(self.config.layers) + 2)]
+        for name, n in entries.items():
+            kind, _, rest = name.partition(".")
+            index = 1 + int(rest.partition(".")[0]) if kind == "blocks" else len(units) - 1 if kind == "head" else 0
+            units[index][name] = n
+        if self.config.tie_embeddings:
+            units[-1].update({name: n for name, n in units[0].items() if name.startswith("embed.")})
+        return units
+
+    def _tied(self, stages: Stages, stage: int, tensor: int) -> int:
+        """Entries of each tensor rank of `stage` that other stages hold too."""
+        entries = self.local(tensor)
+        return sum(entries[name] for name, holders in stages.shared.items() if stage in holders)
 
     def counts(self, first: int, after: int) -> Counter[str]:
         """How many of the blocks `first` ... `after` - 1 are of each kind."""

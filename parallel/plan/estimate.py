@@ -5,11 +5,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from parallel.config import ParallelConfig
+from parallel.config import REDUCE_BUCKET_SIZE, ParallelConfig
 from parallel.plan.blocks import ATTENTION_SHARE, Blocks
+from parallel.plan.gathered import MAX_REUSE_DISTANCE, PREFETCHED
 from parallel.plan.hardware import Hardware
 from parallel.plan.resent import resent
-from parallel.plan.state import PERSISTENT, StateBytes
+from parallel.plan.state import PERSISTENT, WORD, StateBytes
 from parallel.recompute import checkpointed_blocks
 from parallel.stages import Stages, bubble
 from parallel.traffic import Key, Volume
@@ -115,7 +116,7 @@ class Estimate:
             ranks=self.arrangement.replicas,
             index=index,
             accumulates=self.arrangement.num_microbatches > 1,
-            bucket=int(zero.get("reduce_bucket_size", 50_000_000)) * (2 if zero.get("overlap_comm") else 1),
+            bucket=self._bucket * (2 if zero.get("overlap_comm") else 1),
             persistent=int(zero.get("stage3_param_persistence_threshold", PERSISTENT)),
             offloads=frozenset(
                 what for what, key in (("optimizer", "offload_optimizer"), ("weights", "offload_param")) if key in zero
@@ -238,23 +239,38 @@ class Estimate:
         return total
 
     def reduced(self, stage: int) -> dict[tuple[str, str], Volume]:
-        """What DeepSpeed sends in a step besides, by axis and operation: gradients, and the weights that ZeRO cuts."""
+        """What DeepSpeed sends in a step besides, by axis and operation: gradients, and the weights that ZeRO cuts.
+        Calls are the fewest that its buckets allow."""
         split, count = self.arrangement.parallel, self.arrangement.num_microbatches
         held, ranks = self.state(stage), self.arrangement.replicas
+        zero = split.engine.get("zero_optimization", {})
         found: dict[tuple[str, str], Volume] = {}
-        size, share = 4 * held.entries, 4 * held.share
-        buckets = max(1, round(held.entries / 50_000_000))
+        buckets = -(-held.entries // max(1, self._bucket))
         if ranks > 1 and split.zero_stage < 3:
             often = count if split.zero_stage == 2 else 1
-            found["data", "all_reduce"] = Volume(often * buckets, often * size)
+            found["data", "all_reduce"] = Volume(often * buckets, often * WORD * held.entries)
             if split.zero_stage:
-                found["data", "all_gather"] = Volume(2, share)
+                found["data", "all_gather"] = Volume(2, WORD * held.share)
         if ranks > 1 and split.zero_stage == 3:
-            found["data", "all_gather"] = Volume(2 * count * len(self.blocks.config.layers), 2 * count * share)
-            found["data", "reduce_scatter"] = Volume(count * buckets, count * size)
-        if tied := self.blocks.tied(self.stages, stage):
-            found["pipeline", "all_reduce"] = Volume(1, 4 * tied // split.tensor)
+            a_pass, once = self.blocks.handed_out(
+                split.tensor,
+                ranks,
+                int(zero.get("stage3_param_persistence_threshold", PERSISTENT)),
+                int(zero.get("stage3_max_reuse_distance", MAX_REUSE_DISTANCE)),
+            )
+            ahead = int(zero.get("stage3_prefetch_bucket_size", PREFETCHED))
+            fetches = -(-a_pass * ranks // ahead) if ahead else 2 * len(self.blocks.config.layers)
+            found["data", "all_gather"] = Volume(count * fetches + (once > 0), WORD * (count * a_pass + once))
+            found["data", "reduce_scatter"] = Volume(count * buckets, count * WORD * held.share * ranks)
+        if tied := self.blocks.tied(self.stages, stage, split.tensor):
+            found["pipeline", "all_reduce"] = Volume(1, WORD * tied)
         return found
+
+    @property
+    def _bucket(self) -> int:
+        """Entries of gradients that are reduced at once."""
+        zero = self.arrangement.parallel.engine.get("zero_optimization", {})
+        return int(zero.get("reduce_bucket_size", REDUCE_BUCKET_SIZE))
 
     @cached_property
     def slowest(self) -> int:
@@ -264,9 +280,12 @@ class Estimate:
     @cached_property
     def volumes(self) -> dict[tuple[str, str], Volume]:
         """Of a step of the slowest stage, by axis and operation."""
-        total = self.reduced(self.slowest)
-        count = self.arrangement.num_microbatches
-        for key, volume in self.sent(self.slowest).items():
+        return self.step_volumes(self.slowest)
+
+    def step_volumes(self, stage: int, index: int | None = None) -> dict[tuple[str, str], Volume]:
+        """Calls and bytes of a step of `stage`, of slice `index` as in `sent`, by axis and operation."""
+        total, count = self.reduced(stage), self.arrangement.num_microbatches
+        for key, volume in self.sent(stage, index).items():
             place = (key.axis, key.operation)
             total[place] = total.get(place, Volume(0, 0)).plus(Volume(count * volume.calls, count * volume.bytes))
         return total

@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from parallel.config import REDUCE_BUCKET_SIZE
+
 WORD = 4
 """Bytes of an fp32 number."""
 
@@ -60,7 +62,7 @@ def state_bytes(
     ranks: int,
     index: int = 0,
     accumulates: bool = True,
-    bucket: int = 50_000_000,
+    bucket: int = REDUCE_BUCKET_SIZE,
     persistent: int = PERSISTENT,
     offloads: frozenset[str] = frozenset(),
 ) -> StateBytes:
