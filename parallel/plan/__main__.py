@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(argv)
     if options.gpus < 1 or options.top < 1:
         parser.error("--gpus and --top must be at least 1")
+    if options.rank is not None and not 0 <= options.rank < options.gpus:
+        parser.error(f"--rank: {options.rank}; must be among the ranks of the job, 0 to {options.gpus - 1}")
     try:
         machine = hardware_named(options.hardware, options.gpu_memory)
         run = load_config(options.config, options.overrides)

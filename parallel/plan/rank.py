@@ -22,7 +22,8 @@ class RankPlan:
         parameters: entries of its stage's and tensor rank's parameters, built.
         predicted: the same by the plan's tables.
         whole: of the model.
-        groups: entries of AdamW's two groups, and of each the run that the rank updates.
+        groups: entries of each of AdamW's groups, of them those that the rank updates, what fills up included, and the
+            first of these in the group's flat tensor; under ZeRO 3, which cuts each parameter, None.
         memory: bytes by kind.
     """
 
@@ -33,17 +34,20 @@ class RankPlan:
     parameters: int
     predicted: int
     whole: int
-    groups: tuple[tuple[int, int, int], ...]
+    groups: tuple[tuple[int, int, int | None], ...]
     memory: dict[str, float]
 
     def __str__(self) -> str:
         where = ", ".join(f"{axis} {index}" for axis, index in self.place.items())
-        runs = "; ".join(f"{total:,}: entries {first:,} to {after:,}" for total, first, after in self.groups)
+        runs = "; ".join(
+            f"{total:,}: {share:,}, {'of each parameter a part' if first is None else f'the first is {first:,}'}"
+            for total, share, first in self.groups
+        )
         sizes = ", ".join(f"{kind} {self.memory[kind] / GB:.2f}" for kind in KINDS)
         return (
             f"rank {self.rank} of {self.gpus} ({where}) holds blocks {self.blocks[0]} to {self.blocks[1] - 1}\n"
             f"parameters, built: {self.parameters:,} of {self.whole:,}; by the plan: {self.predicted:,}\n"
-            f"updates, of AdamW's groups of {runs}\n"
+            f"entries it updates of AdamW's groups of {runs}\n"
             f"memory, GB: {sizes}"
         )
 
@@ -52,10 +56,9 @@ def build_rank(planner: Planner, gpus: int, rank: int) -> RankPlan:
     """Builds the share of `rank` as a run does, on the meta device. Inside an imagined world of that rank.
 
     Raises:
-        ValueError: there is no such rank, or the run cannot be arranged so.
+        ValueError: the run cannot be arranged so.
+        RuntimeError: the plan is wrong about what is built.
     """
-    if not 0 <= rank < gpus:
-        raise ValueError(f"--rank: {rank}; must be among the ranks of the job, 0 to {gpus - 1}; choose one")
     run, split = planner.run, planner.run.parallel
     grid = imagined_grid(gpus, rank, pipeline=split.pipeline, sequence=split.sequence, tensor=split.tensor)
     model, _, partition, _ = cut_model(
@@ -68,17 +71,16 @@ def build_rank(planner: Planner, gpus: int, rank: int) -> RankPlan:
     assert partition.stages is not None
     found, stage = planner.as_configured(gpus), grid.axes["pipeline"].index
     index, ranks = grid.axes["replicas"].index, grid.axes["replicas"].size
-    groups = []
+    groups: list[tuple[int, int, int | None]] = []
     for group in parameter_groups(model, 0.0):
         sizes = [parameter.numel() for parameter in group["params"]]
-        if split.zero_stage == 0:
-            groups.append((sum(sizes), 0, sum(sizes)))
-        else:
-            share = share_of_group(sizes, ranks, split.zero_stage)
-            groups.append((sum(sizes), index * share, (index + 1) * share))
+        share = share_of_group(sizes, ranks, split.zero_stage)
+        first = {0: 0, 3: None}.get(split.zero_stage, index * share)
+        groups.append((sum(sizes), share, first))
     built = sum(parameter.numel() for parameter in model.parameters())
     predicted = found.state(stage, index).entries
-    assert built == predicted, f"rank {rank}: {built} parameters built, {predicted} planned"
+    if built != predicted:
+        raise RuntimeError(f"rank {rank}: {built} parameters are built, {predicted} are planned")
     return RankPlan(
         rank=rank,
         gpus=gpus,

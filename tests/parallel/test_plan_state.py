@@ -8,8 +8,9 @@ import torch
 
 from parallel.config import ParallelConfig
 from parallel.grid import Grid
-from tests.parallel.engines import Split, engine_of, global_batch, microbatches
+from tests.parallel.engines import Split, engine_of, global_batch, microbatches, noisy_engine
 from tests.parallel.mixed import TIME, config_of
+from training.optimizer import parameter_groups
 
 Case = tuple[Split, dict[str, Any]]
 """How ranks are arranged, and keys of `zero_optimization`."""
@@ -131,6 +132,57 @@ def test_weights_optimizer_and_gradients_are_deepspeeds(ranks: Any, size: int, c
         for case, found in zip(cases, of_rank, strict=True):
             wanted = planned(rank, size, case)
             assert {key: found[key] for key in wanted} == wanted, (rank, case)
+
+
+def updates(grid: Grid, split: Split, wanted: list[list[tuple[int, int, int | None]]]) -> list[bool]:
+    """Of each of AdamW's groups, whether this rank updates what `build_rank` says."""
+    engine = noisy_engine(grid, split, {})  # so that no two parts are alike
+    optimizer, found = engine._deepspeed.optimizer, []
+    groups = [group["params"] for group in parameter_groups(engine.module, 0.0)]
+    assert engine.grid.axes["replicas"].size > 1, "otherwise there is nothing to divide"
+    for number, (parameters, (total, share, first)) in enumerate(zip(groups, wanted[grid.rank], strict=True)):
+        if first is None:
+            parts = [p.ds_tensor.numel() for p in parameters]
+            found.append(sum(parts) == share and sum(p.ds_numel for p in parameters) == total)
+            continue
+        flat, part = (
+            torch.cat([p.detach().flatten() for p in parameters]),
+            (optimizer.single_partition_of_fp32_groups[number].detach()),
+        )
+        within = max(0, min(share, total - first))
+        same = torch.equal(part[:within], flat[first : first + within])
+        found.append(same and len(flat) == total and len(part) == share)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("size", "split"),
+    [
+        (2, Split(zero=1)),
+        (2, Split(zero=3)),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (2, Split(sequence=2, zero=2)),
+                (4, Split(2)),
+                (4, Split(tensor=2)),
+                (4, Split(zero=2, num_microbatches=1)),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_each_rank_updates_the_part_that_it_is_said_to(ranks: Any, size: int, split: Split) -> None:
+    from parallel.plan.rank import build_rank
+    from parallel.plan.world import imagined_world
+    from tests.parallel.plans import planner_of
+
+    names = {"pipeline": split.pipeline, "sequence": split.sequence, "tensor": split.tensor}
+    with imagined_world(size):
+        planner = planner_of(parallel=ParallelConfig(zero_stage=split.zero, **names))
+        wanted = [list(build_rank(planner, size, rank).groups) for rank in range(size)]
+    assert len({str(of_rank) for of_rank in wanted}) > 1 or split.zero == 3
+    assert all(all(found) for found in ranks(size).run(updates, split=split, wanted=wanted))
 
 
 def test_a_config_with_its_own_thresholds_is_read() -> None:
