@@ -95,19 +95,23 @@ def _fits(units: int, cut: Cut, size: int) -> bool:
 
 def problems(model: LM, size: int) -> list[str]:
     """Why the model cannot be cut over `size` tensor ranks, each reason once and with the sizes that work."""
-    reasons: dict[str, None] = {}
+    obstacles: dict[str, None] = {}
+    indivisible: dict[str, list[str]] = {}  # parameters by what is wrong with them
     for prefix, module in sharded_modules(model):
         sharding = module.sharding()
         if sharding.obstacle is not None:
-            reasons[f"{type(module).__name__}: {sharding.obstacle}"] = None
+            obstacles[f"{type(module).__name__}: {sharding.obstacle}"] = None
         for name, cut in sharding.cuts.items():
             for units in cut.units:
                 if not _fits(units, cut, size):
                     fitting = ", ".join(str(n) for n in range(1, max(units, size) + 1) if _fits(units, cut, n))
-                    reasons[f"{prefix}.{name}: {units} units do not divide over {size} ranks; fitting: {fitting}"] = (
-                        None
-                    )
-    return list(reasons)
+                    reason = f"{units} units do not divide over {size} ranks; fitting: {fitting}"
+                    indivisible.setdefault(reason, []).append(f"{prefix}.{name}")
+    named = (
+        f"{first}{f' and {len(others)} more' if others else ''}: {reason}"
+        for reason, (first, *others) in indivisible.items()
+    )
+    return [*obstacles, *named]
 
 
 def mark_cut(parameter: nn.Parameter, *, counts: bool) -> None:

@@ -15,7 +15,7 @@ from data.loader import Loader, check_batch
 from data.skipped import check_ranges
 from eval.in_loop import tasks_of
 from eval.tasks.task import Task
-from models.checkpoint import verify
+from models.checkpoint import list_checkpoints, verify
 from models.lm import LM
 from parallel.checkpoint import find_checkpoint, load_checkpoint, read_training_meta
 from parallel.engine import Engine
@@ -122,6 +122,16 @@ def assemble(run: RunConfig, grid: Grid, directory: RunDirectory) -> tuple[Job, 
         tasks,
         writer,
     ), progress
+
+
+def check_start(run: RunConfig, grid: Grid) -> None:
+    """Refuses what `assemble` would, before anything is built and without other ranks; but sums of checkpoints are not
+    verified."""
+    tokenizer_path = check_run(run, grid)
+    tasks_of(run, tokenizer_path)
+    if run.checkpoint.resume not in ("auto", "none") and not list_checkpoints(run.directory / "checkpoints"):
+        path = Path(run.checkpoint.resume)
+        refuse_other_model(run, path, read_training_meta(path)["model"], tokenizer_path)
 
 
 def check_run(run: RunConfig, grid: Grid) -> Path | None:

@@ -45,6 +45,35 @@ def test_what_fits_is_not(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([CONFIG, "--ranks", "2", "--directory"]) == 0
 
 
+START = ["configs/debug_rglru.yaml", "--check"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides", "message"),
+    [
+        (7, ["parallel.tensor=7"], "parallel.tensor: 7; "),
+        (50, ["parallel.pipeline=50"], "parallel.pipeline: 50"),
+        (5, ["parallel.sequence=5"], "parallel.sequence: 5; "),
+        (1, ["eval.tasks=[nonsense]"], "nonsense"),
+        (1, ["checkpoint.resume=nowhere/step_00000001"], "nowhere/step_00000001"),
+        (1, ["--hardware", "H100", "--gpu-memory", "0.001"], "parallel: 1 GPUs: the run takes "),
+        (1, ["--hardware", "V100"], "--hardware: 'V100'; must be one of"),
+    ],
+)
+def test_what_a_start_refuses_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, ranks: int, overrides: list[str], message: str
+) -> None:
+    batch = ["train.batch_size=16", "train.micro_batch_size=1", f"log.directory={tmp_path}", "--ranks", str(ranks)]
+    assert main([*START, *batch, *overrides]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def test_kernels_of_another_machine_may_be_asked_for(tmp_path: Path) -> None:
+    assert main([*START, f"log.directory={tmp_path}", "--ranks", "1", "model.impl.linear_scan=triton"]) == 0
+
+
 def test_all_that_a_start_refuses_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     sizes = ["data.sequence_length=32", "eval.prompts=[]", f"log.directory={tmp_path}", "--ranks", "2", "--check"]
     assert main([CONFIG, *sizes, f"data.corpora.0.path={tmp_path}/nowhere"]) == 1

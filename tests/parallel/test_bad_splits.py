@@ -37,11 +37,11 @@ CASES: dict[str, tuple[list[str], str]] = {
     ),
     "blocks": (
         ["parallel.tensor=2", "model.mixers.rglru.gate_blocks=1"],
-        "parallel.tensor: 2; blocks.0.mixer.x_proj.weight: 1 units do not divide over 2 ranks; fitting: 1",
+        "parallel.tensor: 2; blocks.0.mixer.x_proj.weight and 23 more: 1 units do not divide over 2 ranks; fitting: 1",
     ),
     "heads": (
         ["parallel.tensor=2", "model.mixers.local_attention.heads=3"],
-        "blocks.1.mixer.q_proj.weight: 3 units do not divide over 2 ranks; fitting: 1, 3",
+        "blocks.1.mixer.q_proj.weight and 1 more: 3 units do not divide over 2 ranks; fitting: 1, 3",
     ),
     "key heads": (
         [
@@ -50,11 +50,11 @@ CASES: dict[str, tuple[list[str], str]] = {
             "model.mixers.local_attention.heads=6",
             "model.mixers.local_attention.kv_heads=3",
         ],
-        "blocks.0.mixer.k_proj.weight: 3 units do not divide over 2 ranks; fitting: 1, 3",
+        "blocks.0.mixer.k_proj.weight and 1 more: 3 units do not divide over 2 ranks; fitting: 1, 3",
     ),
     "hidden units": (
         ["parallel.tensor=2", "model.mlp.width=63"],
-        "blocks.0.mlp.gate.weight: 63 units do not divide over 2 ranks; fitting: 1, 3, 7, 9, 21, 63",
+        "blocks.0.mlp.gate.weight and 14 more: 63 units do not divide over 2 ranks; fitting: 1, 3, 7, 9, 21, 63",
     ),
     "a map that is missing": (
         [

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from parallel.config import ParallelConfig
 from parallel.grid import Grid
+from parallel.plan.gathered import gathered
 from parallel.plan.world import imagined_world
 from parallel.traffic import Volume, counted
 from tests.parallel.engines import ROWS, Split, engine_of, global_batch, microbatches
@@ -108,6 +109,16 @@ FOUR: list[Case] = [
     (Split(sequence=2, tensor=2, zero=2), {}),
     (Split(pipeline=2), {}),
 ]
+
+
+def test_weights_are_gathered_again_when_their_next_use_is_far() -> None:
+    """A stack whose first weights its last part uses again."""
+    units = [{"tied": 5}, {"a": 4}, {"b": 4}, {"tied": 5}]
+    assert gathered(units, 0) == {"tied": 4, "a": 2, "b": 2}
+    assert gathered(units, 1) == {"tied": 3, "a": 2, "b": 2}, "from the end of one pass to the start of the other"
+    assert gathered(units, 9) == {"tied": 1, "a": 2, "b": 2}
+    assert gathered(units, 11) == {"tied": 1, "a": 2, "b": 1}
+    assert gathered(units, 19) == {"tied": 1, "a": 1, "b": 1}
 
 
 @pytest.mark.parametrize(("size", "cases"), [(2, TWO), pytest.param(4, FOUR, marks=pytest.mark.slow)])
