@@ -28,7 +28,7 @@ EPILOG = """examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.list is None and (options.model is None or not options.tasks):
+    if (options.list is None or options.check) and (options.model is None or not options.tasks):
         parser.error("MODEL and --tasks are needed, or --list to see the tasks")
     for key in ("batch_size", "limit"):
         value = getattr(options, key)
@@ -48,8 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Everything that can be refused is, before the model is loaded."""
+    """Everything that can be refused is, before the model is loaded; with --check what can be without one."""
     ours, theirs, manager = choose_tasks(options.tasks, options.set, options.include)
+    if options.check:
+        for name, task in ours.items():
+            check_task(name, task, vocab_size=sys.maxsize, longest=None)
+        return
     if not options.model.is_dir():
         raise ValueError(f"{options.model}: no such directory; name a run, a checkpoint or a Hugging Face directory")
     output = options.output or default_output(options.model)
@@ -198,6 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--download", action="store_true", help="let lm-eval fetch data; without, they must be at hand")
     add("--trust-remote-code", action="store_true", help="run the Python files of a Hugging Face directory")
     add("--json", action="store_true", help="print results.json instead of the table")
+    add("--check", action="store_true", help="look at tasks and options and leave; MODEL need not be there yet")
     add("--list", nargs="?", const="", metavar="TEXT", help="show the tasks, those with TEXT in their name, and leave")
     return parser
 
