@@ -32,7 +32,7 @@ def follow(run: Path, start: Callable[[Path], None]) -> list[Path]:
         fcntl.flock(listed, fcntl.LOCK_EX)
         listed.seek(0)
         known = set(listed.read().split())
-        for path in sorted(list_checkpoints(checkpoints)):
+        for path in list_checkpoints(checkpoints):
             if path.name not in known:
                 start(path)
                 listed.write(f"{path.name}\n")
@@ -52,17 +52,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     def start(path: Path) -> None:
-        subprocess.run([*options.command, str(path)], env=environment_outside(), check=True)
+        command = [*options.command, str(path)]
+        done = subprocess.run(command, env=environment_outside(), stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise OSError(f"{' '.join(command)}: exit status {done.returncode}: {' '.join(done.stderr.split())}")
+        print(done.stderr, end="", file=sys.stderr, flush=True)
 
+    said = ""
     while True:
+        failure = ""
         try:
             follow(options.run, start)
-        except (OSError, subprocess.CalledProcessError) as error:
-            print(f"followers: {error}", file=sys.stderr, flush=True)
-            if options.once:
-                return 1
+        except OSError as error:
+            failure = f"followers: {error}"
+            if failure != said:  # what stays wrong for a day is said once
+                print(failure, file=sys.stderr, flush=True)
+        said = failure
         if options.once:
-            return 0
+            return int(bool(failure))
         time.sleep(options.every)
 
 
