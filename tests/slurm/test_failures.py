@@ -1,6 +1,7 @@
 """What befalls jobs of hours, on a real Slurm: limits, cancelled jobs, dead ranks and nodes, bad nodes."""
 
 import json
+import re
 import sys
 import time
 from datetime import datetime
@@ -10,7 +11,7 @@ import pytest
 
 from models.checkpoint import list_checkpoints
 from tests.slurm.cluster import Cluster
-from tests.slurm.training import PATIENCE, ROOT, Training, resumed
+from tests.slurm.training import PATIENCE, PLAIN, ROOT, Training, resumed
 
 pytestmark = pytest.mark.slow
 
@@ -20,24 +21,46 @@ PIPELINE = ("parallel.pipeline=2",)
 def test_a_pipeline_over_two_nodes_gives_the_losses_of_one_process_and_is_evaluated(
     cluster: Cluster, corpus: Path, alone: dict[int, float], tmp_path: Path
 ) -> None:
-    """Each checkpoint by a job of its own, one after another."""
+    """Each checkpoint by a job of its own, one after another; the run by the job of docs/cluster.md."""
+    tasks = f"--tasks bits_per_byte --set bits_per_byte.path={ROOT}/README.md"
     training = Training(
         cluster,
         corpus,
         tmp_path,
         *PIPELINE,
         "checkpoint.every=12",
-        EVALUATE=f"--tasks bits_per_byte --set bits_per_byte.path={ROOT}/README.md",
-        EVALUATE_WITH=f"--output={tmp_path}/evaluate-%j.log",
+        EVALUATE=tasks,
+        EVALUATE_WITH=f"--output={tmp_path}/evaluate-%j.log --hold",
     )
+    words = {"--dependency=afterok:JOB": f"--dependency=afterok:{training.number}", "runs/NAME": str(training.run)}
+    options = [words[word] if "JOB" in word or "NAME" in word else word for word in after_training()]
+    afterwards = cluster.submit(f"--chdir={ROOT}", f"--output={tmp_path}/after.log", *options, *tasks.split(), **PLAIN)
+    assert cluster.job(afterwards)["Dependency"].startswith(f"afterok:{training.number}")
     training.finish(alone)
     steps = [path.name for path in list_checkpoints(training.run / "checkpoints")]
     assert steps == ["step_00000012", "step_00000024"]
-    results = [training.run / "evaluations" / f"{step}.json" for step in steps]
-    training.until(lambda: all(path.exists() for path in results), "the evaluations")
     assert (training.run / "followed.txt").read_text().split() == steps
+    numbers = cluster.run(
+        "squeue", "--noheader", "--sort=i", "--format=%A", f"--name=evaluate-{training.number}"
+    ).split()
+    cluster.run("scontrol", "release", *numbers)  # both at once, with room for both
+    jobs = [cluster.wait(int(number), PATIENCE) for number in numbers]
+    logs = [(tmp_path / f"evaluate-{number}.log").read_text() for number in numbers]
+    assert [job["JobState"] for job in jobs] == ["COMPLETED", "COMPLETED"], logs
+    assert jobs[0]["EndTime"] <= jobs[1]["StartTime"], "one after another"
+    results = [training.run / "evaluations" / f"{step}.json" for step in steps]
+    assert all(f"written to {path}\n" in log for path, log in zip(results, logs, strict=True)), logs
     first, last = (json.loads(path.read_text()) for path in results)
     assert bits(last) < bits(first)
+    assert cluster.wait(afterwards, PATIENCE)["JobState"] == "COMPLETED", (tmp_path / "after.log").read_text()
+    assert bits(json.loads((training.run / "results.json").read_text())) == bits(last)
+
+
+def after_training() -> list[str]:
+    """Words of the command for an evaluation of a run when it is done."""
+    page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"sbatch --gpus=1 (--dependency=afterok:JOB .*) --tasks", page)
+    return command.split()
 
 
 def bits(evaluation: dict) -> float:

@@ -1,4 +1,4 @@
-"""slurm/prepare.sbatch on a real Slurm: the corpus is what one process makes, whatever happens to tasks."""
+"""slurm/prepare.sbatch on a real Slurm, of which a task fails for good: what is left to do, and who does it."""
 
 from pathlib import Path
 
@@ -6,30 +6,9 @@ import psutil
 import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.training import PATIENCE, PLAIN, ROOT, preparation
+from tests.slurm.training import CORPUS_FILES, PATIENCE, PLAIN, ROOT, preparation
 
 pytestmark = pytest.mark.slow
-
-FILES = ("train.bin", "train.idx", "valid.bin", "valid.idx")
-
-
-def test_an_array_prepares_what_one_process_does(cluster: Cluster, texts: Path, corpus: Path, tmp_path: Path) -> None:
-    """One task is killed on its way and queued again."""
-    output = tmp_path / "corpus"
-    options = ["--array=0-7", f"--chdir={ROOT}", f"--output={tmp_path}/%A_%a.log"]
-    number = cluster.submit(*options, "slurm/prepare.sbatch", *preparation(texts, output), WORKERS="1", **PLAIN)
-    cluster.until(lambda: cluster.job(number)["JobState"] == "RUNNING", "the array's first task", 60)
-    cluster.run("scontrol", "requeue", f"{number}_0")
-
-    def merged() -> bool:
-        cluster.hasten_all()
-        return (output / "meta.json").exists()
-
-    cluster.until(merged, "the merged corpus", 240)
-    logs = "\n".join(path.read_text() for path in tmp_path.glob("*.log"))
-    for name in FILES:
-        assert (output / name).read_bytes() == (corpus / name).read_bytes(), logs
-    assert "REQUEUE" in logs
 
 
 def test_a_killed_task_is_run_again(cluster: Cluster, texts: Path, corpus: Path, tmp_path: Path) -> None:
@@ -59,5 +38,5 @@ def test_a_killed_task_is_run_again(cluster: Cluster, texts: Path, corpus: Path,
     again = cluster.submit(f"--chdir={ROOT}", f"--output={tmp_path}/merge.log", *arguments, WORKERS="1", **PLAIN)
     assert cluster.wait(again, PATIENCE)["JobState"] == "COMPLETED", (tmp_path / "merge.log").read_text()
     assert "encoding: 100%|██████████| 8/8 [00:00" in (tmp_path / "merge.log").read_text()
-    for name in FILES:
+    for name in CORPUS_FILES:
         assert (output / name).read_bytes() == (corpus / name).read_bytes()

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "tests" / "assets"
 PLAIN = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 STEPS = 24
+CORPUS_FILES = ("train.bin", "train.idx", "valid.bin", "valid.idx")
 PATIENCE = 600
 """Seconds for what takes half a minute on a quiet machine."""
 
