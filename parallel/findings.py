@@ -23,6 +23,8 @@ class RankReport:
         device: what it computes on.
         tflops: of a matrix product, in 10^12 FLOP/s.
         problem: what is wrong with the node, seen from here; None: nothing.
+        asked: what was asked of the node that cannot be, whichever node it is; None: nothing.
+        directory: what is wrong with the shared directory, seen from here; None: nothing.
     """
 
     node: str
@@ -30,23 +32,48 @@ class RankReport:
     device: str
     tflops: float
     problem: str | None = None
+    asked: str | None = None
+    directory: str | None = None
 
 
 @dataclass
 class Findings:
-    """What is wrong: of single nodes, which a scheduler may leave out, and between nodes, which it cannot mend."""
+    """What is wrong.
+
+    Attributes:
+        bad: of single nodes, which a scheduler may leave out.
+        unequal: between nodes, which it cannot mend.
+        asked: with what was asked of them, which other nodes would not mend either.
+    """
 
     bad: dict[str, list[str]] = field(default_factory=dict)
     unequal: list[str] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        return not self.bad and not self.unequal
+        return not self.bad and not self.unequal and not self.asked
 
     def blame(self, node: str, problem: str) -> None:
         problems = self.bad.setdefault(node, [])
         if problem not in problems:
             problems.append(problem)
+
+    def spare(self, nodes: int) -> None:
+        """Blames none of `nodes` where most of several are at fault: leaving all of them out would bring others that
+        fail alike, until none is left."""
+        if nodes > 1 and 2 * len(self.bad) > nodes:
+            self.asked += _in_words(self.bad, nodes)
+            self.bad = {}
+
+
+def _in_words(bad: Mapping[str, Sequence[str]], nodes: int) -> list[str]:
+    """Each problem once, with the nodes that have it."""
+    having: dict[str, list[str]] = defaultdict(list)
+    for node, problems in bad.items():
+        for problem in problems:
+            having[problem].append(node)
+    return [f"{problem} (on {', '.join(names)}: {len(names)} of {nodes} nodes)" for problem, names in having.items()]
 
 
 def judge(reports: Sequence[RankReport], links: Mapping[tuple[str, str], float]) -> Findings:
@@ -57,16 +84,33 @@ def judge(reports: Sequence[RankReport], links: Mapping[tuple[str, str], float])
     Args:
         links: bandwidth of the pairs of nodes that were measured, in bytes a second.
     """
-    findings = Findings()
+    findings, nodes = Findings(), len({report.node for report in reports})
     for report in reports:
         if report.problem:
             findings.blame(report.node, report.problem)
+    findings.asked += dict.fromkeys(report.asked for report in reports if report.asked)
+    _judge_directory(reports, nodes, findings)
     for name in dict.fromkeys(name for report in reports for name in (*report.software, "device")):
         _judge_equal(name, reports, findings)
     if not any(report.device.startswith("cpu") for report in reports):
         _judge_compute(reports, findings)
         _judge_links(links, findings)
+    findings.spare(nodes)
     return findings
+
+
+def _judge_directory(reports: Sequence[RankReport], nodes: int, findings: Findings) -> None:
+    """A few nodes that do not see it are at fault; where half of them do not, or all but the first rank's, it is not
+    one that nodes share."""
+    without: dict[str, list[str]] = {}
+    for report in reports:
+        if report.directory:
+            without.setdefault(report.node, [report.directory])
+    if 2 * len(without) >= nodes:
+        findings.asked += _in_words(without, nodes)
+        return
+    for node, (problem,) in without.items():
+        findings.blame(node, problem)
 
 
 def _judge_compute(reports: Sequence[RankReport], findings: Findings) -> None:
@@ -128,6 +172,7 @@ def absent(reports: Sequence[RankReport], size: int, nodes: Sequence[str]) -> Fi
         findings.unequal.append(
             f"{silent} of {size} ranks did not answer; others did on {', '.join(sorted(set(answered)))}"
         )
+    findings.spare(len(nodes))
     return findings
 
 

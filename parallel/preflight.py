@@ -5,8 +5,9 @@ torchrun --nproc-per-node 2 -m parallel.preflight --directory runs              
 
 First every rank looks at its own node and leaves word in torchrun's store, which needs no GPU: a node without its
 GPUs, or whose ranks do not answer, is named, where a process group would wait for it in vain. Then all ranks join:
-every node must write to and see the same directory, and talk to its neighbours as fast as others do. Exit status 0:
-nothing is wrong; 1: what is wrong, by node.
+every node must write to and see the same directory, and talk to its neighbours as fast as others do. What most nodes
+have wrong is laid to what was asked of them, not to the nodes. Exit status 0: nothing is wrong; 1: what is wrong, by
+node.
 """
 
 import argparse
@@ -52,8 +53,8 @@ def look_at_own() -> RankReport:
     software["git revision"] = str(environment["git_revision"])
     software["uncommitted changes"] = _digest(environment["git_diff"])
     report = RankReport(node=own_node(), software=software, device=environment["device"], tflops=0.0)
-    problem = _missing_gpus()
-    if problem is None:
+    problem, asked = _missing_gpus()
+    if problem is None and asked is None:
         index = int(os.environ.get("LOCAL_RANK", "0"))
         device = torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
         try:
@@ -61,20 +62,25 @@ def look_at_own() -> RankReport:
             report = dataclasses.replace(report, tflops=matmul_speed(device) / 1e12)
         except RuntimeError as error:
             problem = f"{device}: {str(error).splitlines()[0]}"
-    return dataclasses.replace(report, problem=problem)
+    return dataclasses.replace(report, problem=problem, asked=asked)
 
 
 def _digest(text: str | None) -> str:
     return "none" if not text else hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _missing_gpus() -> str | None:
+def _missing_gpus() -> tuple[str | None, str | None]:
+    """What is wrong with the node's GPUs, and with what is asked of them."""
     seen, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     given = int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
-    if seen < given or 0 < seen < ranks:
-        wanted = f"Slurm gave {given}" if seen < given else f"{ranks} ranks need one each"
-        return f"torch sees {seen} GPUs, where {wanted}"
-    return None
+    if seen < given:
+        return f"torch sees {seen} GPUs, where Slurm gave {given}", None
+    if 0 < given < ranks:
+        way_out = f"start at most {given} (RANKS_PER_NODE, torchrun --nproc-per-node), or ask for {ranks} GPUs"
+        return None, f"Slurm gave {given} GPUs a node, where {ranks} ranks need one each; {way_out}"
+    if 0 < seen < ranks:
+        return f"torch sees {seen} GPUs, where {ranks} ranks need one each", None
+    return None, None
 
 
 def _occupied(device: torch.device) -> str | None:
@@ -220,7 +226,7 @@ def look_over(directory: Path, timeout_minutes: float, tell: Callable[[Findings,
     grid = init_distributed(timeout_minutes)
     problems, links, overall = run(grid, directory)
     if reports is not None:
-        reports = [dataclasses.replace(one, problem=problem) for one, problem in zip(reports, problems, strict=True)]
+        reports = [dataclasses.replace(one, directory=problem) for one, problem in zip(reports, problems, strict=True)]
         findings = judge(reports, links)
         print(describe(reports, links, overall), flush=True)
         tell(findings, reports)
@@ -235,10 +241,16 @@ def tell(findings: Findings, reports: Sequence[RankReport], report: Path | None)
         print(f"preflight: {node}: {'; '.join(problems)}; leave the node out or repair it", file=sys.stderr)
     for problem in findings.unequal:
         print(f"preflight: {problem}; make the nodes alike", file=sys.stderr)
-    if report is not None:
+    for problem in findings.asked:
+        print(f"preflight: {problem}", file=sys.stderr)
+    if report is None:
+        return
+    content = dataclasses.asdict(findings) | {"ranks": [dataclasses.asdict(one) for one in reports]}
+    try:
         report.parent.mkdir(parents=True, exist_ok=True)
-        content = dataclasses.asdict(findings) | {"ranks": [dataclasses.asdict(one) for one in reports]}
         report.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    except OSError as error:  # as where the directory is what is wrong
+        print(f"preflight: {report}: cannot be written ({error.strerror}); the findings stand above", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

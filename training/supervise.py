@@ -9,7 +9,8 @@ one word on stdout, which the script obeys, and a line on stderr that says why:
     failed    somebody has to mend something first
 
 How training ended is told by `exit.json` (`training/ending.py`), which nodes are bad by the report of
-`python -m parallel.preflight`. Starts in a row that get no further are counted in `RUN/standstill.json`, and bounded.
+`python -m parallel.preflight`. Starts in a row that get no further are counted in `RUN/standstill.json`, and bounded;
+where there is no run yet, in `.NAME.standstill.json` beside it.
 With --before, ahead of the first start: exit status 1 if another job trains in the run directory.
 """
 
@@ -111,8 +112,9 @@ def decide(outcome: Outcome, before: Standstill, max_standstill: int) -> Decisio
     ending, findings = outcome.ending, outcome.findings
     after = before.after(outcome.saved)
     if findings is not None:
-        if not findings["bad"]:
-            return Decision("failed", f"pre-flight: {'; '.join(findings['unequal'])}", before)
+        mend = [*findings["asked"], *([] if findings["bad"] else findings["unequal"])]
+        if mend:
+            return Decision("failed", f"pre-flight: {'; '.join(mend)}", before)
         bad = (f"{node}: {', '.join(problems)}" for node, problems in findings["bad"].items())
         exclude = tuple(sorted(findings["bad"]))
         decision = Decision("requeue", f"pre-flight: {'; '.join(bad)}", after, exclude)
@@ -157,7 +159,12 @@ def supervise(
         starts: in this allocation.
         call: runs a command of the scheduler and returns what it prints.
     """
-    kept, marker, has_run = run / STANDSTILL, run / MARKER, (run / "config.yaml").exists()
+    marker, has_run = run / MARKER, (run / "config.yaml").exists()
+    kept, beside = run / STANDSTILL, run.parent / f".{run.name}.{STANDSTILL}"
+    if has_run:
+        beside.unlink(missing_ok=True)
+    else:
+        kept = beside
     before = Standstill(**json.loads(kept.read_text())) if kept.exists() else Standstill()
     ending = json.loads(marker.read_text()) if marker.exists() else None
     if ending is not None and ending["time"] < since:
@@ -170,8 +177,21 @@ def supervise(
     decision = decide(Outcome(ending, findings, saved_step(run), has_run, starts, left), before, max_standstill)
     if job is not None and decision.answer != "done" and job["JobState"] in ENDING:
         return Decision("over", f"{decision.why}; Slurm is ending the job ({job['JobState']})", before)
-    if has_run:
+    return keep(decision, kept)
+
+
+def keep(decision: Decision, kept: Path) -> Decision:
+    """Writes the count for the next start, or, where there is to be none, begins it anew for whoever mends what is
+    wrong; a failure where it cannot be written, as then nothing would be bounded."""
+    try:
+        if decision.answer in ("done", "failed"):
+            kept.unlink(missing_ok=True)
+            return decision
+        kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(asdict(decision.standstill)) + "\n")
+    except OSError as error:
+        why = f"{decision.why}; {kept}: cannot be written ({error.strerror}), so that starts cannot be counted"
+        return replace(decision, answer="failed", why=f"{why}; name another log.directory")
     return decision
 
 

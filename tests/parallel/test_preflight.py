@@ -15,7 +15,7 @@ import torch.distributed as dist
 from parallel import preflight
 from parallel.findings import Findings, RankReport, absent, describe, judge
 from parallel.grid import Grid
-from parallel.preflight import check_shared, exchange, look_at_own, main, ring_rounds, run
+from parallel.preflight import check_shared, exchange, look_at_own, main, ring_rounds, run, tell
 
 SOFTWARE = {"torch": "2.13.0", "git revision": "abc"}
 
@@ -85,6 +85,36 @@ def test_a_round_holds_each_node_once_and_all_rounds_the_ring(count: int) -> Non
     assert pairs == {frozenset((nodes[i], nodes[(i + 1) % count])) for i in range(count)}
 
 
+def test_what_most_nodes_have_wrong_is_laid_to_none_of_them() -> None:
+    """All left out, the next ones would be found alike."""
+    found = [dataclasses.replace(report, problem="no GPU answers") for report in reports(3)]
+    assert judge(found, {}) == Findings(asked=["no GPU answers (on n0, n1, n2: 3 of 3 nodes)"])
+    found[:2] = reports(1)
+    assert judge(found, {}) == Findings(asked=["no GPU answers (on n1, n2: 2 of 3 nodes)"])
+    found[2:4] = reports(2)[2:]
+    assert judge(found, {}) == Findings(bad={"n2": ["no GPU answers"]})
+    assert list(judge(found[2:], {}).bad) == ["n2"], "one of two"
+    assert list(judge(found[4:], {}).bad) == ["n2"], "another node may be better"
+
+
+def test_a_directory_that_one_node_alone_has_is_no_shared_one() -> None:
+    local = "runs is not the first rank's"
+    for nodes in (2, 4):
+        found = [*reports(1), *(dataclasses.replace(report, directory=local) for report in reports(nodes)[2:])]
+        findings = judge(found, ring(nodes))
+        assert findings.bad == {}
+        assert [problem.startswith(local) for problem in findings.asked] == [True]
+    assert judge([dataclasses.replace(report, directory="runs: no") for report in reports(1)], {}).asked
+    found = reports(4)
+    found[3] = dataclasses.replace(found[3], directory=local)
+    assert judge(found, ring(4)) == Findings(bad={"n1": [local]})
+
+
+def test_what_was_asked_of_nodes_is_blamed_on_none() -> None:
+    found = [dataclasses.replace(report, asked="9 ranks, 8 GPUs") for report in reports(1)]
+    assert judge(found, {}) == Findings(asked=["9 ranks, 8 GPUs"])
+
+
 def test_speeds_of_cpus_are_not_judged() -> None:
     found = [dataclasses.replace(report, device="cpu, 1 threads a rank") for report in reports(4)]
     found[3] = dataclasses.replace(found[3], tflops=1.0)
@@ -98,6 +128,7 @@ def test_a_node_that_does_not_answer_is_named() -> None:
     assert absent(found[:-1], 6, nodes).bad == {"n2": ["1 of its 2 ranks did not answer"]}
     assert absent(found[2:], 6, nodes).bad == {"n0": ["2 of its 2 ranks did not answer"]}
     assert absent(found[2:], 6, []).unequal == ["2 of 6 ranks did not answer; others did on n1, n2"]
+    assert absent(found[:2], 6, nodes) == Findings(asked=["2 of its 2 ranks did not answer (on n1, n2: 2 of 3 nodes)"])
 
 
 def test_the_first_rank_waits_once_for_those_that_never_answer() -> None:
@@ -114,17 +145,28 @@ def test_the_first_rank_waits_once_for_those_that_never_answer() -> None:
         ("8", 7, "8", "torch sees 7 GPUs, where Slurm gave 8"),
         ("8", 0, "1", "torch sees 0 GPUs, where Slurm gave 8"),
         (None, 4, "8", "torch sees 4 GPUs, where 8 ranks need one each"),
+        ("7", 8, "7", None),
     ],
 )
 def test_a_missing_gpu_is_found_before_the_ranks_join(
-    given: str | None, seen: int, ranks: str, said: str, monkeypatch: pytest.MonkeyPatch
+    given: str | None, seen: int, ranks: str, said: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
     if given is not None:
         monkeypatch.setenv("SLURM_GPUS_ON_NODE", given)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setattr(preflight, "matmul_speed", lambda device: 1e12)
     assert look_at_own().problem == said
+
+
+def test_more_ranks_than_gpus_asked_for_are_no_fault_of_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    own = look_at_own()
+    assert own.problem is None
+    assert str(own.asked).startswith("Slurm gave 4 GPUs a node, where 8 ranks need one each; start at most 4")
 
 
 def test_a_device_that_fails_or_is_in_use_is_a_problem_of_its_node(
@@ -193,6 +235,14 @@ def test_a_directory_that_cannot_be_written_to_is_said(ranks, tmp_path: Path) ->
     (tmp_path / "file").write_text("")
     for problems in ranks(2).run(shared, directory=str(tmp_path / "file" / "below")):
         assert all("cannot be written to" in str(problem) for problem in problems)
+
+
+def test_findings_are_said_where_no_report_can_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    tell(Findings(asked=["runs cannot be written to"]), reports(1), tmp_path / "file" / "report.json")
+    said = capsys.readouterr().err
+    assert "preflight: runs cannot be written to\n" in said
+    assert "report.json: cannot be written (" in said
 
 
 def test_the_command_reports_and_exits(tmp_path: Path) -> None:

@@ -28,12 +28,14 @@ def test_each_end_has_its_answer() -> None:
     assert decide(Outcome(ending("failed"), saved=10), FRESH, 5).answer == "again"
     assert decide(Outcome(ending("failed", resumable=False), saved=10), FRESH, 5).answer == "failed"
     assert decide(Outcome(None, saved=10), FRESH, 5).answer == "again"
-    bad = {"bad": {"n3": ["slow"], "n1": ["old torch"]}, "unequal": []}
+    bad = {"bad": {"n3": ["slow"], "n1": ["old torch"]}, "unequal": ["n4 and n5 differ"], "asked": []}
     found = decide(Outcome(None, bad, saved=10), FRESH, 5)
     assert (found.answer, found.exclude) == ("requeue", ("n1", "n3"))
     assert "n3: slow" in found.why
-    found = decide(Outcome(None, {"bad": {}, "unequal": ["torch differs"]}, saved=10), FRESH, 5)
+    found = decide(Outcome(None, {"bad": {}, "unequal": ["torch differs"], "asked": []}, saved=10), FRESH, 5)
     assert (found.answer, found.why) == ("failed", "pre-flight: torch differs")
+    found = decide(Outcome(None, bad | {"asked": ["9 ranks, 8 GPUs"]}, saved=10), FRESH, 5)
+    assert (found.answer, found.why) == ("failed", "pre-flight: 9 ranks, 8 GPUs"), "on other nodes as well"
 
 
 @pytest.mark.parametrize("how", ["interrupted", "failed", None])
@@ -127,11 +129,32 @@ def test_the_count_is_kept_between_starts(tmp_path: Path) -> None:
     assert supervise(tmp_path, 0.0, None, 1, 5, never).standstill.count == 0
 
 
+def test_bad_nodes_before_there_is_a_run_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, report = tmp_path / "runs" / "run", tmp_path / "preflight.json"
+    report.write_text(json.dumps({"bad": {"n1": ["slow"]}, "unequal": [], "asked": []}))
+    scheduler = Scheduler(monkeypatch)
+    found = [supervise(run, 0.0, report, 1, 5, scheduler) for _ in range(7)]
+    assert [one.answer for one in found] == ["requeue"] * 5 + ["failed", "requeue"], "anew once somebody was told"
+    assert found[5].why == "6 starts in a row got no further; the last: pre-flight: n1: slow"
+    assert [path.name for path in run.parent.iterdir()] == [".run.standstill.json"]
+    checkpoint(run, 10)
+    assert supervise(run, 0.0, report, 1, 5, scheduler).standstill.count == 0
+    assert [path.name for path in run.parent.iterdir()] == ["run"]
+
+
+def test_where_starts_cannot_be_counted_none_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the directory that pre-flight could not write its report into."""
+    (tmp_path / "runs").write_text("a file")
+    found = supervise(tmp_path / "runs" / "run", 0.0, None, 1, 5, Scheduler(monkeypatch))
+    assert found.answer == "failed"
+    assert "so that starts cannot be counted; name another log.directory" in found.why
+
+
 def test_bad_nodes_are_left_out_when_the_job_is_queued_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = tmp_path / "preflight.json"
-    report.write_text(json.dumps({"bad": {"n1": ["slow"]}, "unequal": []}))
+    report.write_text(json.dumps({"bad": {"n1": ["slow"]}, "unequal": [], "asked": []}))
     scheduler = Scheduler(monkeypatch, ExcNodeList="n9")
     assert main([str(tmp_path / "run"), "--since", "0", "--preflight", str(report)]) == 0
     assert scheduler.asked == ["scontrol requeue 7", "scontrol update JobId=7 ExcNodeList=n9,n1"]
