@@ -5,7 +5,8 @@ python train.py configs/demo.yaml                    one process
 
 Exit codes: 0 finished, 75 interrupted (the same command goes on), 1 failed or refused, as for a YAML that does not
 hold, 2 for a command line that cannot be parsed. exit.json in the run directory says the same, as torchrun knows 0 and
-1 only; what is refused before there is a run directory leaves none.
+1 only; what is refused before there is one leaves the reason beside (`training/ending.py`): of RUN_DIRECTORY in the
+environment where the YAML cannot be read.
 """
 
 import argparse
@@ -41,7 +42,7 @@ from training.log import RunLog
 from training.metrics import largest, module_metrics
 from training.own_time import OwnTime, Stragglers
 from training.progress import Progress
-from training.run_directory import RunDirectory
+from training.run_directory import RunDirectory, tell_of_refusal
 from training.schedule import learning_rate
 from training.start import Job, RunError, agreed, assemble, read_progress
 from training.stopping import StopRequest
@@ -53,12 +54,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config", help="a run's YAML")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces one value of the YAML")
     args = parser.parse_args(argv)
+    directory = os.environ.get("RUN_DIRECTORY")
     try:
         run = load_config(args.config, args.overrides)
+        directory = str(run.directory)
         refuse_too_large(run)
     except ValueError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the ranks of a machine read the same file and fail alike
             print(f"train.py: {error}", file=sys.stderr)
+            tell_of_refusal(directory, str(error))
         return FAILED
     try:
         with checked_values() if run.train.check_values else nullcontext():
@@ -81,9 +85,11 @@ def train(run: RunConfig) -> int:
     ranks = init_distributed(run.parallel.timeout_minutes)
     watch = Watch(ranks, run.parallel.timeout_minutes)
     split = run.parallel
-    grid = agreed(ranks, lambda: ranks.arranged(pipeline=split.pipeline, sequence=split.sequence, tensor=split.tensor))
-    with RunDirectory(run.directory, lead=grid.is_lead) as directory:
-        agreed(grid, directory.claim)
+    sizes = {"pipeline": split.pipeline, "sequence": split.sequence, "tensor": split.tensor}
+    with RunDirectory(run.directory, lead=ranks.is_lead) as directory:
+        with directory.refusals_marked():
+            grid = agreed(ranks, lambda: ranks.arranged(**sizes))
+            agreed(grid, directory.claim)
         watch.last_words = lambda reason: tell_of_death(directory, grid.rank, reason)
         with directory.failures_marked(explain=explained):
             job, progress = assemble(run, grid, directory)

@@ -260,7 +260,7 @@ def test_bad_input_is_one_line_and_builds_nothing(
     if ranks is None:
         assert done.stderr.splitlines() == lines
         assert not done.stdout
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs" / "tiny").exists()
 
 
 def test_checkpoints_of_another_model_and_broken_ones_are_refused(
@@ -271,7 +271,7 @@ def test_checkpoints_of_another_model_and_broken_ones_are_refused(
     assert other.returncode == 1
     assert "model.mixers.local_attention.window: 8, but" in other.stderr
     assert "Traceback" not in other.stderr
-    assert not (tmp_path / "a").exists()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == [".tiny.refused.json"]
 
     copy = tmp_path / "tiny"
     shutil.copytree(finished, copy, symlinks=True)

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from training.ending import MARKER, Reason, write_ending
-from training.lock import hold
+from training.ending import MARKER, Reason, refusal_of, write_ending
+from training.lock import LockError, hold
 
 LOCK = ".lock"
 
@@ -33,7 +33,8 @@ class RunDirectory:
     def claim(self) -> None:
         """Makes and locks the directory, and removes the mark of an earlier end.
 
-        Whatever is made here goes again with the context unless it has become a run: what is refused leaves nothing.
+        Whatever is made here goes again with the context unless it has become a run: what is refused leaves nothing
+        but its reason, beside.
 
         Raises:
             LockError: another job is training here.
@@ -48,7 +49,8 @@ class RunDirectory:
                 self._guard.callback(_remove_if_empty, path)
             hold(self.path / LOCK, self._guard, doing="training")
             self._guard.callback(self._remove_what_is_no_run)
-            (self.path / MARKER).unlink(missing_ok=True)
+            for marker in (self.path / MARKER, self.path.parent / refusal_of(self.path)):
+                marker.unlink(missing_ok=True)
         except OSError as error:
             raise ValueError(
                 f"log.directory: {str(self.path.parent)!r}; {self.path} cannot be made and written to "
@@ -60,9 +62,37 @@ class RunDirectory:
         return (self.path / "config.yaml").exists()
 
     def end(self, reason: Reason, detail: str, *, resumable: bool) -> None:
-        """Marks how the run ended. A failure is for any rank to say, the rest for the lead."""
+        """Marks how the run ended; how the start did, beside, where there is none. A failure is for any rank to say,
+        the rest for the lead."""
         if self.holds_run and (self._lead or reason == "failed"):
             write_ending(self.path, reason, detail, step=self.step, resumable=resumable)
+        elif reason == "failed":
+            name = refusal_of(self.path)
+            with suppress(OSError):  # said on stderr in any case
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                write_ending(self.path.parent, reason, detail, step=self.step, resumable=resumable, name=name)
+
+    def refuse(self, detail: str) -> None:
+        """Marks why a start ended that has not claimed the directory, for the lead to say; a directory where another
+        job trains stays as it is."""
+        if not self._lead:
+            return
+        try:
+            self.claim()
+        except LockError:
+            return
+        except ValueError:  # cannot be made
+            pass
+        self.end("failed", detail, resumable=False)
+
+    @contextmanager
+    def refusals_marked(self) -> Iterator[None]:
+        """Marks what a start is refused for inside, up to the claim."""
+        try:
+            yield
+        except ValueError as error:
+            self.refuse(str(error))
+            raise
 
     @contextmanager
     def failures_marked(
@@ -96,6 +126,14 @@ class RunDirectory:
         if not self.holds_run:
             for name in NO_RUN:
                 (self.path / name).unlink(missing_ok=True)
+
+
+def tell_of_refusal(path: str | Path | None, reason: str) -> None:
+    """What is left to say where a run is refused before any rank has met another; nothing if its directory is not
+    known."""
+    if path is not None:
+        with RunDirectory(Path(path), lead=True) as directory:
+            directory.refuse(reason)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -8,9 +8,10 @@ one word on stdout, which the script obeys, and a line on stderr that says why:
     over      nothing is left to do in this allocation: the job is back in the queue, or was cancelled
     failed    somebody has to mend something first
 
-How training ended is told by `exit.json` (`training/ending.py`), which nodes are bad by the report of
-`python -m parallel.preflight`. Starts in a row that get no further are counted in `RUN/standstill.json`, and bounded;
-where there is no run yet, in `.NAME.standstill.json` beside it.
+How training ended is told by `exit.json` (`training/ending.py`), or by `.NAME.refused.json` beside a run directory that
+did not come to be; which nodes are bad, by the report of `python -m parallel.preflight`. Starts in a row that get no
+further are counted in `RUN/standstill.json`, where there is no run yet in `.NAME.standstill.json` beside it, and
+bounded.
 With --before, ahead of the first start: exit status 1 if another job trains in the run directory.
 """
 
@@ -26,7 +27,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from training.ending import MARKER
+from training.ending import MARKER, refusal_of
 from training.jobs import ENDING, Call, call, own_job, requeue, seconds_left
 from training.lock import LockError, hold
 from training.run_directory import LOCK
@@ -41,7 +42,7 @@ WORTH_A_START = 600.0
 can be told at all: processes that have just started die of the signal."""
 
 STARTS_WITHOUT_RUN = 2
-"""A start that is refused leaves no run; so does one whose ranks never met, for which once more is worth a try."""
+"""A start whose ranks never met makes no run and leaves no word, and is worth one more try."""
 
 Answer = Literal["done", "again", "requeue", "over", "failed"]
 
@@ -53,16 +54,18 @@ class Standstill:
     Attributes:
         count: of them.
         step: of the newest checkpoint; None if there is none.
+        without_run: crashes before there was a run.
     """
 
     count: int = 0
     step: int | None = None
+    without_run: int = 0
 
     def after(self, step: int | None) -> "Standstill":
         """With one more start, which left a checkpoint of `step`: the count begins anew where that is a later one."""
         if step is None or (self.step is not None and step <= self.step):
-            return Standstill(self.count + 1, self.step)
-        return Standstill(0, step)
+            return replace(self, count=self.count + 1)
+        return replace(self, count=0, step=step)
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,11 @@ class Outcome:
     """What a start left.
 
     Attributes:
-        ending: content of exit.json; None where training left none, as one that was killed.
+        ending: content of exit.json, or of what a refused start left; None where training left none, as one that was
+            killed.
         findings: of a pre-flight check that failed; None where training was started.
         saved: step of the newest checkpoint; None if there is none.
         has_run: whether the run directory holds a run; a start that is refused makes none.
-        starts: in this allocation, this one among them.
         left: seconds to the job's time limit; None if it has none.
     """
 
@@ -99,7 +102,6 @@ class Outcome:
     findings: dict[str, Any] | None = None
     saved: int | None = None
     has_run: bool = True
-    starts: int = 1
     left: float | None = None
 
 
@@ -111,6 +113,8 @@ def decide(outcome: Outcome, before: Standstill, max_standstill: int) -> Decisio
     """
     ending, findings = outcome.ending, outcome.findings
     after = before.after(outcome.saved)
+    if findings is None and not outcome.has_run:
+        after = replace(after, without_run=after.without_run + 1)
     if findings is not None:
         mend = [*findings["asked"], *([] if findings["bad"] else findings["unequal"])]
         if mend:
@@ -139,9 +143,11 @@ def bounded(decision: Decision, outcome: Outcome, max_standstill: int) -> Decisi
     if decision.answer != "again":
         return decision
     if not outcome.has_run:
-        if outcome.starts < STARTS_WITHOUT_RUN:
+        starts = decision.standstill.without_run
+        if starts < STARTS_WITHOUT_RUN:
             return decision
-        return replace(decision, answer="failed", why=f"{outcome.starts} starts made no run; why stands further up")
+        why = f"{starts} starts made no run; the last: {decision.why}; more stands further up"
+        return replace(decision, answer="failed", why=why)
     if outcome.left is not None and outcome.left < decision.pause + WORTH_A_START:
         return replace(
             decision, answer="requeue", why=f"{decision.why}; {outcome.left:.0f} s of the allocation are left"
@@ -149,32 +155,27 @@ def bounded(decision: Decision, outcome: Outcome, max_standstill: int) -> Decisi
     return decision
 
 
-def supervise(
-    run: Path, since: float, preflight: Path | None, starts: int, max_standstill: int, call: Call
-) -> Decision:
+def supervise(run: Path, since: float, preflight: Path | None, max_standstill: int, call: Call) -> Decision:
     """Decides, and keeps count.
 
     Args:
         since: when the start was made, in seconds since 1970: an older exit.json is of an earlier one.
-        starts: in this allocation.
         call: runs a command of the scheduler and returns what it prints.
     """
-    marker, has_run = run / MARKER, (run / "config.yaml").exists()
+    has_run = (run / "config.yaml").exists()
     kept, beside = run / STANDSTILL, run.parent / f".{run.name}.{STANDSTILL}"
     if has_run:
         beside.unlink(missing_ok=True)
     else:
         kept = beside
     before = Standstill(**json.loads(kept.read_text())) if kept.exists() else Standstill()
-    ending = json.loads(marker.read_text()) if marker.exists() else None
-    if ending is not None and ending["time"] < since:
-        ending = None
+    ending = last_ending(run / MARKER, since) or (None if has_run else refusal(run, since))
     if ending is None and (busy := occupied(run)) is not None:
         return Decision("failed", busy, before)
     findings = json.loads(preflight.read_text()) if preflight is not None and preflight.exists() else None
     job = own_job(call)
     left = None if job is None else seconds_left(job, time.time())
-    decision = decide(Outcome(ending, findings, saved_step(run), has_run, starts, left), before, max_standstill)
+    decision = decide(Outcome(ending, findings, saved_step(run), has_run, left), before, max_standstill)
     if job is not None and decision.answer != "done" and job["JobState"] in ENDING:
         return Decision("over", f"{decision.why}; Slurm is ending the job ({job['JobState']})", before)
     return keep(decision, kept)
@@ -193,6 +194,18 @@ def keep(decision: Decision, kept: Path) -> Decision:
         why = f"{decision.why}; {kept}: cannot be written ({error.strerror}), so that starts cannot be counted"
         return replace(decision, answer="failed", why=f"{why}; name another log.directory")
     return decision
+
+
+def last_ending(marker: Path, since: float) -> dict[str, Any] | None:
+    """What a start that was made at `since` said of its end; None if it said nothing."""
+    ending = json.loads(marker.read_text()) if marker.exists() else None
+    return None if ending is None or ending["time"] < since else ending
+
+
+def refusal(run: Path, since: float) -> dict[str, Any] | None:
+    """What this job's start said beside a run that did not come to be; None if it said nothing."""
+    ending = last_ending(run.parent / refusal_of(run), since)
+    return None if ending is None or ending["job"] != os.environ.get("SLURM_JOB_ID") else ending
 
 
 def occupied(run: Path) -> str | None:
@@ -223,13 +236,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     when.add_argument("--since", type=float, metavar="SECONDS", help="when it was started (date +%%s)")
     parser.add_argument("--preflight", type=Path, metavar="FILE", help="report of the pre-flight check, if that failed")
     parser.add_argument("--max-standstill", type=int, default=5, metavar="N", help="starts that get no further (5)")
-    parser.add_argument("--starts", type=int, default=1, metavar="N", help="made in this allocation (1)")
     options = parser.parse_args(argv)
     if options.before:
         if (busy := occupied(options.run)) is not None:
             print(f"supervise: {busy}", file=sys.stderr)
         return int(busy is not None)
-    decision = supervise(options.run, options.since, options.preflight, options.starts, options.max_standstill, call)
+    decision = supervise(options.run, options.since, options.preflight, options.max_standstill, call)
     pause = f", in {decision.pause:.0f} s" if decision.pause else ""
     print(f"supervise: {decision.answer}{pause}: {decision.why}", file=sys.stderr, flush=True)
     time.sleep(decision.pause)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from training.ending import MARKER, exit_code
+from training.ending import MARKER, exit_code, refusal_of
 from training.lock import LockError
-from training.run_directory import RunDirectory
+from training.run_directory import RunDirectory, tell_of_refusal
 
 
 def marker(path: Path) -> dict:
@@ -21,7 +21,7 @@ def make_run(path: Path) -> Path:
     return path
 
 
-def test_what_is_refused_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_what_is_refused_leaves_its_reason_alone(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "deep" / "run"
 
     def refuse() -> None:
@@ -32,7 +32,39 @@ def test_what_is_refused_leaves_nothing_behind(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="refused"):
         refuse()
-    assert not (tmp_path / "runs").exists()
+    (beside,) = path.parent.iterdir()
+    assert beside.name == refusal_of(path)
+    ending = json.loads(beside.read_text())
+    assert (ending["reason"], ending["detail"], ending["resumable"]) == ("failed", "ValueError: refused", False)
+    with RunDirectory(path, lead=True) as directory:
+        directory.claim()
+        assert list(path.parent.iterdir()) == [path], "the next start takes it away"
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("lead", [True, False])
+def test_what_is_refused_before_the_claim_is_marked_by_the_lead(tmp_path: Path, lead: bool) -> None:
+    path = make_run(tmp_path / "run")
+    with (
+        RunDirectory(path, lead=lead) as directory,
+        pytest.raises(ValueError, match="too few ranks"),
+        directory.refusals_marked(),
+    ):
+        raise ValueError("too few ranks")
+    assert (path / MARKER).exists() == lead
+    assert not lead or (marker(path)["detail"], marker(path)["resumable"]) == ("too few ranks", False)
+
+
+def test_a_refusal_leaves_another_job_s_directory_as_it_is(tmp_path: Path) -> None:
+    """A run's, and one's that is still being made."""
+    for path in (make_run(tmp_path / "run"), tmp_path / "young"):
+        with RunDirectory(path, lead=True) as first:
+            first.claim()
+            before = {found: found.read_bytes() for found in tmp_path.rglob("*") if found.is_file()}
+            tell_of_refusal(path, "too few ranks")
+            with RunDirectory(path, lead=True) as second, pytest.raises(LockError), second.refusals_marked():
+                second.claim()
+            assert {found: found.read_bytes() for found in tmp_path.rglob("*") if found.is_file()} == before
 
 
 def test_a_directory_that_became_a_run_stays_with_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

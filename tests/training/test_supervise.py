@@ -13,6 +13,7 @@ import pytest
 from training.ending import write_ending
 from training.jobs import environment_outside
 from training.lock import hold
+from training.run_directory import tell_of_refusal
 from training.supervise import Decision, Outcome, Standstill, decide, main, occupied, supervise
 
 FRESH = Standstill()
@@ -72,10 +73,31 @@ def test_a_crash_shortly_before_the_time_limit_is_started_anew_in_another_alloca
 
 
 def test_a_start_that_makes_no_run_is_tried_once_more() -> None:
-    """As one that is refused; the second would find its way into the next allocation, and all that follow."""
-    assert decide(Outcome(None, has_run=False, starts=1, left=100.0), FRESH, 5).answer == "again"
-    found = decide(Outcome(None, has_run=False, starts=2, left=100.0), FRESH, 5)
-    assert (found.answer, found.why) == ("failed", "2 starts made no run; why stands further up")
+    """The second would find its way into the next allocation, and all that follow."""
+    first = decide(Outcome(None, has_run=False, left=100.0), Standstill(count=3), 5)
+    assert (first.answer, first.standstill) == ("again", Standstill(count=4, without_run=1)), "after bad nodes"
+    found = decide(Outcome(None, has_run=False, left=100.0), first.standstill, 5)
+    said = "2 starts made no run; the last: killed, or never started; more stands further up"
+    assert (found.answer, found.why) == ("failed", said)
+
+
+def test_a_refused_start_is_the_only_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that does not exist, and of one that does; what another job was refused for is not this one's."""
+    run = tmp_path / "runs" / "run"
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    tell_of_refusal(run, "train.batch_size: 6; must divide")
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert supervise(run, 0.0, None, 5, never).answer == "again"
+    tell_of_refusal(run, "train.batch_size: 6; must divide")
+    found = supervise(run, 0.0, None, 5, never)
+    assert (found.answer, found.why) == ("failed", "failed at step 0: train.batch_size: 6; must divide")
+    assert supervise(run, time.time() + 1, None, 5, never).answer == "again", "an earlier start's"
+    checkpoint(run, 10)
+    assert supervise(run, 0.0, None, 5, never).answer == "again", "it was a start before there was a run"
+    write_ending(run, "interrupted", "SIGTERM", step=10, resumable=True)
+    tell_of_refusal(run, "train.precision: fp16")
+    found = supervise(run, 0.0, None, 5, never)
+    assert (found.answer, found.why) == ("failed", "failed at step 0: train.precision: fp16")
 
 
 def checkpoint(run: Path, step: int) -> None:
@@ -116,36 +138,36 @@ class Scheduler:
 def test_an_ending_of_an_earlier_start_is_not_taken_for_this_one_s(tmp_path: Path) -> None:
     checkpoint(tmp_path, 10)
     write_ending(tmp_path, "finished", "all steps", step=10, resumable=False)
-    assert supervise(tmp_path, 0.0, None, 1, 5, never).answer == "done"
-    found = supervise(tmp_path, time.time() + 1, None, 1, 5, never)
+    assert supervise(tmp_path, 0.0, None, 5, never).answer == "done"
+    found = supervise(tmp_path, time.time() + 1, None, 5, never)
     assert (found.answer, found.why) == ("again", "killed, or never started")
 
 
 def test_the_count_is_kept_between_starts(tmp_path: Path) -> None:
     checkpoint(tmp_path, 10)
-    counts = [supervise(tmp_path, 0.0, None, 1, 5, never).standstill.count for _ in range(3)]
+    counts = [supervise(tmp_path, 0.0, None, 5, never).standstill.count for _ in range(3)]
     assert counts == [0, 1, 2]
     checkpoint(tmp_path, 20)
-    assert supervise(tmp_path, 0.0, None, 1, 5, never).standstill.count == 0
+    assert supervise(tmp_path, 0.0, None, 5, never).standstill.count == 0
 
 
 def test_bad_nodes_before_there_is_a_run_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, report = tmp_path / "runs" / "run", tmp_path / "preflight.json"
     report.write_text(json.dumps({"bad": {"n1": ["slow"]}, "unequal": [], "asked": []}))
     scheduler = Scheduler(monkeypatch)
-    found = [supervise(run, 0.0, report, 1, 5, scheduler) for _ in range(7)]
+    found = [supervise(run, 0.0, report, 5, scheduler) for _ in range(7)]
     assert [one.answer for one in found] == ["requeue"] * 5 + ["failed", "requeue"], "anew once somebody was told"
     assert found[5].why == "6 starts in a row got no further; the last: pre-flight: n1: slow"
     assert [path.name for path in run.parent.iterdir()] == [".run.standstill.json"]
     checkpoint(run, 10)
-    assert supervise(run, 0.0, report, 1, 5, scheduler).standstill.count == 0
+    assert supervise(run, 0.0, report, 5, scheduler).standstill.count == 0
     assert [path.name for path in run.parent.iterdir()] == ["run"]
 
 
 def test_where_starts_cannot_be_counted_none_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in the directory that pre-flight could not write its report into."""
     (tmp_path / "runs").write_text("a file")
-    found = supervise(tmp_path / "runs" / "run", 0.0, None, 1, 5, Scheduler(monkeypatch))
+    found = supervise(tmp_path / "runs" / "run", 0.0, None, 5, Scheduler(monkeypatch))
     assert found.answer == "failed"
     assert "so that starts cannot be counted; name another log.directory" in found.why
 
@@ -171,7 +193,7 @@ def test_an_interrupted_job_is_queued_again_unless_somebody_ends_it(
     assert scheduler.asked == ["scontrol requeue 7"]
     for state in ("CANCELLED", "COMPLETING", "PREEMPTED"):
         scheduler = Scheduler(monkeypatch, JobState=state)
-        found = supervise(tmp_path, 0.0, None, 1, 5, scheduler)
+        found = supervise(tmp_path, 0.0, None, 5, scheduler)
         assert (found.answer, scheduler.asked) == ("over", [])
         assert state in found.why
 
@@ -198,11 +220,10 @@ def test_the_time_left_is_read_from_slurm(tmp_path: Path, monkeypatch: pytest.Mo
     checkpoint(tmp_path, 10)
     soon = datetime.fromtimestamp(time.time() + 100).isoformat(timespec="seconds")
     scheduler = Scheduler(monkeypatch, TimeLimit="02:00:00", EndTime=soon)
-    assert supervise(tmp_path, 0.0, None, 1, 5, scheduler).answer == "requeue"
+    assert supervise(tmp_path, 0.0, None, 5, scheduler).answer == "requeue"
     later = datetime.fromtimestamp(time.time() + 5000).isoformat(timespec="seconds")
     assert (
-        supervise(tmp_path, 0.0, None, 1, 5, Scheduler(monkeypatch, TimeLimit="02:00:00", EndTime=later)).answer
-        == "again"
+        supervise(tmp_path, 0.0, None, 5, Scheduler(monkeypatch, TimeLimit="02:00:00", EndTime=later)).answer == "again"
     )
 
 
@@ -220,7 +241,7 @@ def test_a_run_directory_in_use_is_refused_before_the_first_start(
         monkeypatch.delenv("SLURM_JOB_ID")
         assert main([str(tmp_path), "--before"]) == 1
         assert "of job 4711" in capsys.readouterr().err
-        assert supervise(tmp_path, 0.0, None, 1, 5, never).answer == "failed"
+        assert supervise(tmp_path, 0.0, None, 5, never).answer == "failed"
         assert not (tmp_path / "standstill.json").exists(), "another job's count"
     assert main([str(tmp_path), "--before"]) == 0
 
