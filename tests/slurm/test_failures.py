@@ -121,17 +121,31 @@ def test_a_cancelled_job_saves_and_stays_cancelled_until_it_is_submitted_again(
     assert resumed(training.run)
 
 
-@pytest.mark.parametrize("split", [(), PIPELINE], ids=["data", "pipeline"])
+@pytest.mark.parametrize(("split", "preflight"), [((), "1"), (PIPELINE, "0")], ids=["data", "pipeline"])
 def test_a_killed_rank_is_started_again_in_the_same_allocation(
-    cluster: Cluster, corpus: Path, alone: dict[int, float], tmp_path: Path, split: tuple[str, ...]
+    cluster: Cluster, corpus: Path, alone: dict[int, float], tmp_path: Path, split: tuple[str, ...], preflight: str
 ) -> None:
-    training = Training(cluster, corpus, tmp_path, *split, PREFLIGHT="0")
+    """After another look at the nodes."""
+    training = Training(cluster, corpus, tmp_path, *split, PREFLIGHT=preflight)
     training.reach(3)
     training.ranks()[1].kill()
     training.finish(alone)
     assert resumed(training.run)
     assert "supervise: again, in " in training.output()
+    assert training.output().count("all-reduce over 2 ranks: ") == 2 * int(preflight)
     assert training.job["Restarts"] == "0"
+
+
+def test_a_start_that_is_refused_is_the_only_one(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
+    """For a checkpoint, which the look at the configuration does not read."""
+    nowhere = tmp_path / "nowhere"
+    training = Training(cluster, corpus, tmp_path, f"checkpoint.resume={nowhere}", PREFLIGHT="0")
+    assert training.end()["JobState"] == "FAILED"
+    last = training.output().splitlines()[-1]
+    assert last.startswith("supervise: failed: failed at step 0: ")
+    assert str(nowhere) in last
+    assert training.output().count("supervise: ") == 1
+    assert not training.run.exists()
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["first", "second"])
