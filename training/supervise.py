@@ -7,6 +7,8 @@ one word on stdout, which the script obeys, and a line on stderr that says why:
     again     start it again in this allocation, after a pause
     over      nothing is left to do in this allocation: the job is back in the queue, or was cancelled
     failed    somebody has to mend something first
+    requeue [NODE ...]    outside of Slurm, where nobody has done that: start it again when there are machines for it,
+              without the nodes named; where it was interrupted, whoever did that knows whether to
 
 How training ended is told by `exit.json` (`training/ending.py`), or by `.NAME.refused.json` beside a run directory that
 did not come to be; which nodes are bad, by the report of `python -m parallel.preflight`. Starts in a row that get no
@@ -28,7 +30,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from training.ending import MARKER, refusal_of
-from training.jobs import ENDING, Call, call, own_job, requeue, seconds_left
+from training.jobs import ENDING, Call, call, leave_out, own_job, requeue, seconds_left
 from training.lock import LockError, hold
 from training.run_directory import LOCK
 
@@ -44,6 +46,12 @@ can be told at all: processes that have just started die of the signal."""
 STARTS_WITHOUT_RUN = 2
 """A start whose ranks never met makes no run and leaves no word, and is worth one more try."""
 
+MAX_STANDSTILL = 5
+
+DAY, MAX_CRASHES = 24 * 3600.0, 24
+"""Crashes within so many seconds, progress or not: machines in order have a few a week, and a run that crashes after
+each checkpoint would otherwise go on for as long as it is paid for."""
+
 Answer = Literal["done", "again", "requeue", "over", "failed"]
 
 
@@ -55,17 +63,24 @@ class Standstill:
         count: of them.
         step: of the newest checkpoint; None if there is none.
         without_run: crashes before there was a run.
+        crashes: when they were, of the last day, in seconds since 1970.
     """
 
     count: int = 0
     step: int | None = None
     without_run: int = 0
+    crashes: tuple[float, ...] = ()
 
     def after(self, step: int | None) -> "Standstill":
         """With one more start, which left a checkpoint of `step`: the count begins anew where that is a later one."""
         if step is None or (self.step is not None and step <= self.step):
             return replace(self, count=self.count + 1)
         return replace(self, count=0, step=step)
+
+    def crashed(self, now: float, *, has_run: bool) -> "Standstill":
+        """With one more crash."""
+        recent = (*(when for when in self.crashes if when > now - DAY), now)
+        return replace(self, crashes=recent, without_run=self.without_run + (not has_run))
 
 
 @dataclass(frozen=True)
@@ -96,6 +111,7 @@ class Outcome:
         saved: step of the newest checkpoint; None if there is none.
         has_run: whether the run directory holds a run; a start that is refused makes none.
         left: seconds to the job's time limit; None if it has none.
+        now: in seconds since 1970.
     """
 
     ending: dict[str, Any] | None = None
@@ -103,18 +119,21 @@ class Outcome:
     saved: int | None = None
     has_run: bool = True
     left: float | None = None
+    now: float = 0.0
 
 
-def decide(outcome: Outcome, before: Standstill, max_standstill: int) -> Decision:
+def decide(
+    outcome: Outcome, before: Standstill, max_standstill: int = MAX_STANDSTILL, max_crashes: int = MAX_CRASHES
+) -> Decision:
     """
     Args:
         before: how the run stood still before this start.
         max_standstill: starts in a row that may get no further; with one more the job gives up.
+        max_crashes: within a day; with one more the job gives up.
     """
     ending, findings = outcome.ending, outcome.findings
     after = before.after(outcome.saved)
-    if findings is None and not outcome.has_run:
-        after = replace(after, without_run=after.without_run + 1)
+    crashed = after.crashed(outcome.now, has_run=outcome.has_run)
     if findings is not None:
         mend = [*findings["asked"], *([] if findings["bad"] else findings["unequal"])]
         if mend:
@@ -123,25 +142,28 @@ def decide(outcome: Outcome, before: Standstill, max_standstill: int) -> Decisio
         exclude = tuple(sorted(findings["bad"]))
         decision = Decision("requeue", f"pre-flight: {'; '.join(bad)}", after, exclude)
     elif ending is None:
-        decision = Decision("again", "killed, or never started", after)
+        decision = Decision("again", "killed, or never started", crashed)
     else:
         said = f"{ending['reason']} at step {ending['step']}: {ending['detail']}"
         if ending["reason"] == "finished":
             return Decision("done", said)
         if not ending["resumable"]:
             return Decision("failed", said, before)
-        decision = Decision("requeue" if ending["reason"] == "interrupted" else "again", said, after)
-    return bounded(decision, outcome, max_standstill)
+        interrupted = ending["reason"] == "interrupted"
+        decision = Decision("requeue", said, after) if interrupted else Decision("again", said, crashed)
+    return bounded(decision, outcome, max_standstill, max_crashes)
 
 
-def bounded(decision: Decision, outcome: Outcome, max_standstill: int) -> Decision:
+def bounded(decision: Decision, outcome: Outcome, max_standstill: int, max_crashes: int) -> Decision:
     """Gives up on a run that gets nowhere; leaves an allocation that is too short for another start."""
-    count = decision.standstill.count
+    count, crashes = decision.standstill.count, len(decision.standstill.crashes)
     if count > max_standstill:
         why = f"{count} starts in a row got no further; the last: {decision.why}"
         return replace(decision, answer="failed", why=why)
     if decision.answer != "again":
         return decision
+    if crashes > max_crashes:
+        return replace(decision, answer="failed", why=f"{crashes} crashes within a day; the last: {decision.why}")
     if not outcome.has_run:
         starts = decision.standstill.without_run
         if starts < STARTS_WITHOUT_RUN:
@@ -155,7 +177,14 @@ def bounded(decision: Decision, outcome: Outcome, max_standstill: int) -> Decisi
     return decision
 
 
-def supervise(run: Path, since: float, preflight: Path | None, max_standstill: int, call: Call) -> Decision:
+def supervise(
+    run: Path,
+    since: float,
+    preflight: Path | None,
+    max_standstill: int,
+    call: Call,
+    max_crashes: int = MAX_CRASHES,
+) -> Decision:
     """Decides, and keeps count.
 
     Args:
@@ -168,17 +197,33 @@ def supervise(run: Path, since: float, preflight: Path | None, max_standstill: i
         beside.unlink(missing_ok=True)
     else:
         kept = beside
-    before = Standstill(**json.loads(kept.read_text())) if kept.exists() else Standstill()
+    before = counted(kept)
     ending = last_ending(run / MARKER, since) or (None if has_run else refusal(run, since))
     if ending is None and (busy := occupied(run)) is not None:
         return Decision("failed", busy, before)
     findings = json.loads(preflight.read_text()) if preflight is not None and preflight.exists() else None
-    job = own_job(call)
-    left = None if job is None else seconds_left(job, time.time())
-    decision = decide(Outcome(ending, findings, saved_step(run), has_run, left), before, max_standstill)
-    if job is not None and decision.answer != "done" and job["JobState"] in ENDING:
-        return Decision("over", f"{decision.why}; Slurm is ending the job ({job['JobState']})", before)
+    outcome = Outcome(ending, findings, saved_step(run), has_run, now=time.time())
+    decision = decide(outcome, before, max_standstill, max_crashes)
+    if decision.answer == "done":
+        return keep(decision, kept)
+    try:
+        job = own_job(call)
+    except subprocess.CalledProcessError:
+        return keep(replace(decision, why=f"{decision.why}; Slurm does not answer"), kept)
+    if job is not None:
+        if job["JobState"] in ENDING:
+            return Decision("over", f"{decision.why}; Slurm is ending the job ({job['JobState']})", before)
+        outcome = replace(outcome, left=seconds_left(job, outcome.now))
+        decision = decide(outcome, before, max_standstill, max_crashes)
     return keep(decision, kept)
+
+
+def counted(kept: Path) -> Standstill:
+    """What the start before wrote; nothing before the first."""
+    if not kept.exists():
+        return Standstill()
+    content = json.loads(kept.read_text())
+    return Standstill(**content | {"crashes": tuple(content.get("crashes", ()))})
 
 
 def keep(decision: Decision, kept: Path) -> Decision:
@@ -235,28 +280,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     when.add_argument("--before", action="store_true", help="look only whether another job trains there")
     when.add_argument("--since", type=float, metavar="SECONDS", help="when it was started (date +%%s)")
     parser.add_argument("--preflight", type=Path, metavar="FILE", help="report of the pre-flight check, if that failed")
-    parser.add_argument("--max-standstill", type=int, default=5, metavar="N", help="starts that get no further (5)")
+    standstill, crashes = f"starts that get no further ({MAX_STANDSTILL})", f"crashes within a day ({MAX_CRASHES})"
+    parser.add_argument("--max-standstill", type=int, default=MAX_STANDSTILL, metavar="N", help=standstill)
+    parser.add_argument("--max-crashes", type=int, default=MAX_CRASHES, metavar="N", help=crashes)
     options = parser.parse_args(argv)
     if options.before:
         if (busy := occupied(options.run)) is not None:
             print(f"supervise: {busy}", file=sys.stderr)
         return int(busy is not None)
-    decision = supervise(options.run, options.since, options.preflight, options.max_standstill, call)
+    bounds = {"max_standstill": options.max_standstill, "max_crashes": options.max_crashes}
+    decision = supervise(options.run, options.since, options.preflight, call=call, **bounds)
     pause = f", in {decision.pause:.0f} s" if decision.pause else ""
     print(f"supervise: {decision.answer}{pause}: {decision.why}", file=sys.stderr, flush=True)
     time.sleep(decision.pause)
-    answer = decision.answer
-    if answer == "requeue":
-        answer = "over"
-        if (job := own_job(call)) is not None:
-            try:
-                requeue(job, decision.exclude, call)
-            except subprocess.CalledProcessError as error:
-                why = "submit it without --no-requeue, or submit it once more"
-                print(f"supervise: {' '.join(error.cmd)}: exit status {error.returncode}; {why}", file=sys.stderr)
-                answer = "failed"
-    print(answer)
+    print(put_back(decision.exclude, call) if decision.answer == "requeue" else decision.answer)
     return 0
+
+
+def put_back(exclude: Sequence[str], call: Call) -> str:
+    """Puts the job back into the queue, to start without some nodes; what remains to be answered."""
+    try:
+        job = own_job(call)
+        if job is None:
+            return " ".join(["requeue", *exclude])
+        requeue(job, call)
+    except subprocess.CalledProcessError as error:
+        _complain(error, "submit it without --no-requeue, or submit it once more")
+        return "failed"
+    try:
+        if exclude:
+            leave_out(job, exclude, call)
+    except subprocess.CalledProcessError as error:
+        _complain(error, "the job is in the queue, but may get the same nodes: run that by hand while it waits")
+    return "over"
+
+
+def _complain(error: subprocess.CalledProcessError, way_out: str) -> None:
+    said = f"{' '.join(error.cmd)}: exit status {error.returncode}"
+    print(f"supervise: {said}; {way_out}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

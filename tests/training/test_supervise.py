@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
+import training.supervise as supervise_module
 from training.ending import write_ending
 from training.jobs import environment_outside
 from training.lock import hold
 from training.run_directory import tell_of_refusal
-from training.supervise import Decision, Outcome, Standstill, decide, main, occupied, supervise
+from training.supervise import Decision, Outcome, Standstill, decide, main, occupied, put_back, supervise
 
 FRESH = Standstill()
 
@@ -52,9 +53,27 @@ def test_starts_that_get_no_further_are_bounded(how: str | None) -> None:
     decision = decide(Outcome(told, saved=100), before, 5)
     assert decision.answer == "failed"
     assert "6 starts in a row got no further" in decision.why
-    assert decide(Outcome(told, saved=101), before, 5).standstill == Standstill(0, 101), (
-        "a later checkpoint counts as progress"
-    )
+    further = decide(Outcome(told, saved=101), before, 5).standstill
+    assert (further.count, further.step) == (0, 101), "a later checkpoint counts as progress"
+
+
+def test_crashes_of_a_day_are_bounded_whatever_the_run_gains_between_them() -> None:
+    before, answers = FRESH, []
+    for i in range(25):
+        decision = decide(Outcome(ending("failed"), saved=10 * i, now=3599.0 * i), before)
+        before = decision.standstill
+        answers.append(decision.answer)
+    assert answers == ["again"] * 24 + ["failed"]
+    assert decision.why.startswith("25 crashes within a day; the last: failed at step 10: ")
+    before = FRESH
+    for i in range(100):
+        told = ending("failed") if i % 2 else None
+        decision = decide(Outcome(told, saved=10 * i, now=3601.0 * i), before)
+        before = decision.standstill
+        assert decision.answer == "again", "one an hour"
+    told = decide(Outcome(ending("interrupted"), saved=1000, now=3601.0 * 100), before)
+    assert told.standstill.crashes == before.crashes, "no crash"
+    assert decide(Outcome(None, saved=10), FRESH, max_crashes=0).answer == "failed"
 
 
 def test_each_crash_waits_longer_up_to_ten_minutes() -> None:
@@ -75,7 +94,7 @@ def test_a_crash_shortly_before_the_time_limit_is_started_anew_in_another_alloca
 def test_a_start_that_makes_no_run_is_tried_once_more() -> None:
     """The second would find its way into the next allocation, and all that follow."""
     first = decide(Outcome(None, has_run=False, left=100.0), Standstill(count=3), 5)
-    assert (first.answer, first.standstill) == ("again", Standstill(count=4, without_run=1)), "after bad nodes"
+    assert (first.answer, first.standstill.without_run) == ("again", 1), "after bad nodes"
     found = decide(Outcome(None, has_run=False, left=100.0), first.standstill, 5)
     said = "2 starts made no run; the last: killed, or never started; more stands further up"
     assert (found.answer, found.why) == ("failed", said)
@@ -149,6 +168,10 @@ def test_the_count_is_kept_between_starts(tmp_path: Path) -> None:
     assert counts == [0, 1, 2]
     checkpoint(tmp_path, 20)
     assert supervise(tmp_path, 0.0, None, 5, never).standstill.count == 0
+    now = time.time()
+    crashes = supervise(tmp_path, 0.0, None, 5, never).standstill.crashes
+    assert [now - 60 < when <= time.time() for when in crashes] == [True] * 5
+    assert supervise(tmp_path, 0.0, None, 5, never, max_crashes=5).answer == "failed"
 
 
 def test_bad_nodes_before_there_is_a_run_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,6 +237,89 @@ def test_a_job_that_cannot_be_queued_again_says_so(
     captured = capsys.readouterr()
     assert captured.out == "failed\n"
     assert "submit it without --no-requeue" in captured.err
+
+
+def fails(times: int, which: str, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lets the first `times` commands that hold the word `which` fail; returns the list of those."""
+    failed: list[str] = []
+
+    def call(*command: str) -> str:
+        if which in command and len(failed) < times:
+            failed.append(" ".join(command))
+            raise subprocess.CalledProcessError(1, command)
+        return scheduler(*command)
+
+    monkeypatch.setattr("training.supervise.call", call)
+    monkeypatch.setattr("training.jobs.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("training.supervise.time.sleep", lambda seconds: None)
+    return failed
+
+
+def test_a_scheduler_that_is_away_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint(tmp_path, 10)
+    write_ending(tmp_path, "interrupted", "SIGTERM", step=10, resumable=True)
+    scheduler = Scheduler(monkeypatch)
+    failed = fails(12, "show", scheduler, monkeypatch)
+    main([str(tmp_path), "--since", "0"])
+    assert (len(failed), scheduler.asked) == (12, ["scontrol requeue 7"])
+    assert capsys.readouterr().out == "over\n"
+    fails(10**6, "show", scheduler, monkeypatch)
+    main([str(tmp_path), "--since", "0"])
+    said = capsys.readouterr()
+    assert (said.out, scheduler.asked) == ("failed\n", ["scontrol requeue 7"])
+    assert "submit it once more" in said.err
+    (tmp_path / "exit.json").unlink()
+    main([str(tmp_path), "--since", "0"])
+    said = capsys.readouterr()
+    assert said.out == "again\n", "srun waits for it as well"
+    assert "Slurm does not answer" in said.err
+    write_ending(tmp_path, "finished", "", step=10, resumable=False)
+    monkeypatch.setattr("training.supervise.call", never)
+    main([str(tmp_path), "--since", "0"])
+    assert capsys.readouterr().out == "done\n"
+
+
+def test_a_requeue_whose_answer_is_lost_is_asked_for_again_unless_it_was_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scheduler = Scheduler(monkeypatch)
+    fails(1, "requeue", scheduler, monkeypatch)
+    assert put_back([], supervise_module.call) == "over"
+    assert scheduler.asked == ["scontrol requeue 7"]
+    scheduler = Scheduler(monkeypatch, JobState="PENDING")
+    fails(1, "requeue", scheduler, monkeypatch)
+    assert put_back([], supervise_module.call) == "over"
+    assert scheduler.asked == []
+    assert capsys.readouterr().err == ""
+
+
+def test_a_queued_job_that_may_get_a_bad_node_again_has_not_failed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scheduler = Scheduler(monkeypatch)
+    fails(2, "ExcNodeList=n1", scheduler, monkeypatch)
+    assert put_back(["n1"], supervise_module.call) == "over"
+    assert scheduler.asked == ["scontrol requeue 7", "scontrol update JobId=7 ExcNodeList=n1"]
+    assert capsys.readouterr().err == ""
+    fails(3, "ExcNodeList=n1", scheduler, monkeypatch)
+    assert put_back(["n1"], supervise_module.call) == "over"
+    said = capsys.readouterr().err
+    assert "scontrol update JobId=7 ExcNodeList=n1: exit status 1; the job is in the queue, but may get" in said
+
+
+def test_outside_of_slurm_the_launcher_is_told_to_queue_it_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint(tmp_path, 10)
+    write_ending(tmp_path, "interrupted", "SIGTERM", step=10, resumable=True)
+    main([str(tmp_path), "--since", "0"])
+    assert capsys.readouterr().out == "requeue\n"
+    report = tmp_path / "preflight.json"
+    report.write_text(json.dumps({"bad": {"n3": ["slow"], "n1": ["slow"]}, "unequal": [], "asked": []}))
+    main([str(tmp_path), "--since", "0", "--preflight", str(report)])
+    assert capsys.readouterr().out == "requeue n1 n3\n"
 
 
 def test_the_time_left_is_read_from_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
