@@ -23,8 +23,8 @@ class RankReport:
         device: what it computes on.
         tflops: of a matrix product, in 10^12 FLOP/s.
         problem: what is wrong with the node, seen from here; None: nothing.
-        asked: what was asked of the node that cannot be, whichever node it is; None: nothing.
-        directory: what is wrong with the shared directory, seen from here; None: nothing.
+        asked: what was asked of the node that cannot be, as ranks without a GPU or a directory that is not there: laid
+            to the node only if few have it; None: nothing.
     """
 
     node: str
@@ -33,7 +33,6 @@ class RankReport:
     tflops: float
     problem: str | None = None
     asked: str | None = None
-    directory: str | None = None
 
 
 @dataclass
@@ -76,36 +75,39 @@ def _in_words(bad: Mapping[str, Sequence[str]], nodes: int) -> list[str]:
     return [f"{problem} (on {', '.join(names)}: {len(names)} of {nodes} nodes)" for problem, names in having.items()]
 
 
-def judge(reports: Sequence[RankReport], links: Mapping[tuple[str, str], float]) -> Findings:
+def judge(
+    reports: Sequence[RankReport], links: Mapping[tuple[str, str], float], least_bandwidth: float = 0.0
+) -> Findings:
     """What is wrong, from what all ranks found.
 
-    Speeds are judged where ranks have GPUs of their own; on CPUs they share cores with whatever else runs.
+    Speeds are compared where ranks have GPUs of their own; on CPUs they share cores with whatever else runs.
 
     Args:
         links: bandwidth of the pairs of nodes that were measured, in bytes a second.
+        least_bandwidth: that a link must have, whatever others have.
     """
     findings, nodes = Findings(), len({report.node for report in reports})
     for report in reports:
         if report.problem:
             findings.blame(report.node, report.problem)
-    findings.asked += dict.fromkeys(report.asked for report in reports if report.asked)
-    _judge_directory(reports, nodes, findings)
+    _judge_asked(reports, nodes, findings)
     for name in dict.fromkeys(name for report in reports for name in (*report.software, "device")):
         _judge_equal(name, reports, findings)
-    if not any(report.device.startswith("cpu") for report in reports):
+    compared = not any(report.device.startswith("cpu") for report in reports)
+    if compared:
         _judge_compute(reports, findings)
-        _judge_links(links, findings)
+    _judge_links(links, findings, SLOW_LINK if compared else 0.0, least_bandwidth)
     findings.spare(nodes)
     return findings
 
 
-def _judge_directory(reports: Sequence[RankReport], nodes: int, findings: Findings) -> None:
-    """A few nodes that do not see it are at fault; where half of them do not, or all but the first rank's, it is not
-    one that nodes share."""
+def _judge_asked(reports: Sequence[RankReport], nodes: int, findings: Findings) -> None:
+    """A few nodes that cannot do it are at fault; half of them, or all but the first rank's, where it is a directory,
+    are not."""
     without: dict[str, list[str]] = {}
     for report in reports:
-        if report.directory:
-            without.setdefault(report.node, [report.directory])
+        if report.asked:
+            without.setdefault(report.node, [report.asked])
     if 2 * len(without) >= nodes:
         findings.asked += _in_words(without, nodes)
         return
@@ -139,15 +141,17 @@ def _judge_equal(name: str, reports: Sequence[RankReport], findings: Findings) -
             findings.blame(node, f"{name} {value}, where {len(nodes[usual])} of {total} nodes have {usual}")
 
 
-def _judge_links(links: Mapping[tuple[str, str], float], findings: Findings) -> None:
-    """A node is bad if all its links are slow; a slow link between others is said as it is."""
-    if len(links) < 2:
+def _judge_links(links: Mapping[tuple[str, str], float], findings: Findings, of_median: float, least: float) -> None:
+    """A node is bad if all its links are slow; a slow link between others is said as it is. One link alone is its own
+    median, and is held against `least` only."""
+    if not links:
         return
     typical = median(links.values())
-    slow = [pair for pair, speed in links.items() if speed < SLOW_LINK * typical]
+    slow = [pair for pair, speed in links.items() if speed < max(least, of_median * typical)]
     count, slow_count = (Counter(node for pair in pairs for node in pair) for pairs in (links, slow))
     for pair in sorted(slow):
-        said = f"{links[pair] / 1e9:.3g} GB/s, where the median is {typical / 1e9:.3g}"
+        wanted = f", and at least {least / 1e9:.3g} is asked for" if links[pair] < least else ""
+        said = f"{links[pair] / 1e9:.3g} GB/s, where the median is {typical / 1e9:.3g}{wanted}"
         culprits = [node for node in pair if slow_count[node] == count[node]]
         for node in culprits:
             findings.blame(node, f"link between {pair[0]} and {pair[1]} at {said}")

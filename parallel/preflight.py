@@ -5,7 +5,8 @@ torchrun --nproc-per-node 2 -m parallel.preflight --directory runs              
 
 First every rank looks at its own node and leaves word in torchrun's store, which needs no GPU: a node without its
 GPUs, or whose ranks do not answer, is named, where a process group would wait for it in vain. Then all ranks join:
-every node must write to and see the same directory, and talk to its neighbours as fast as others do. What most nodes
+every node must write to and see the same directory, and talk to its neighbours as fast as others do; who does not come
+through an all-reduce in half of the timeout says so in the store, and the pair is named. What most nodes
 have wrong is laid to what was asked of them, not to the nodes. Exit status 0: nothing is wrong; 1: what is wrong, by
 node.
 """
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -31,10 +32,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel.axes import Axis, make_groups
 from parallel.findings import Findings, RankReport, absent, describe, judge
 from parallel.grid import Grid, init_distributed
-from parallel.speed import all_reduce_speed, matmul_speed
+from parallel.links import Links, measure_links
+from parallel.meeting import Meeting
+from parallel.speed import matmul_speed
 from training.environment import describe_environment
 
 FREE_MEMORY = 0.9
@@ -45,15 +47,16 @@ def own_node() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def look_at_own() -> RankReport:
-    """What this rank finds without the others: software, device, and how fast that computes."""
+def look_at_own(*, cpu: bool = False) -> RankReport:
+    """What this rank finds without the others: software, device, and how fast that computes; on a CPU if `cpu` says
+    that it is meant to."""
     environment = describe_environment({})
     software = {"python": platform.python_version(), "cuda": str(environment["cuda"])}
     software |= {name: str(found) for name, found in environment["packages"].items()}
     software["git revision"] = str(environment["git_revision"])
     software["uncommitted changes"] = _digest(environment["git_diff"])
     report = RankReport(node=own_node(), software=software, device=environment["device"], tflops=0.0)
-    problem, asked = _missing_gpus()
+    problem, asked = _missing_gpus(cpu)
     if problem is None and asked is None:
         index = int(os.environ.get("LOCAL_RANK", "0"))
         device = torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
@@ -69,18 +72,27 @@ def _digest(text: str | None) -> str:
     return "none" if not text else hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _missing_gpus() -> tuple[str | None, str | None]:
+def _missing_gpus(cpu: bool) -> tuple[str | None, str | None]:
     """What is wrong with the node's GPUs, and with what is asked of them."""
     seen, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     given = int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
     if seen < given:
         return f"torch sees {seen} GPUs, where Slurm gave {given}", None
-    if 0 < given < ranks:
-        way_out = f"start at most {given} (RANKS_PER_NODE, torchrun --nproc-per-node), or ask for {ranks} GPUs"
-        return None, f"Slurm gave {given} GPUs a node, where {ranks} ranks need one each; {way_out}"
-    if 0 < seen < ranks:
-        return f"torch sees {seen} GPUs, where {ranks} ranks need one each", None
-    return None, None
+    asked, number = None, "RANKS_PER_NODE, torchrun --nproc-per-node"
+    if seen == 0 and not cpu:
+        asked = (
+            "torch sees no GPU; ask for GPUs (sbatch --gpus-per-node), install a torch that finds them, or ask for "
+            "CPUs (ON_CPU=1 for train.sbatch, --cpu here)"
+        )
+    elif 0 < seen < ranks or 0 < given < ranks:
+        gpus = f"Slurm gave {given}" if 0 < given < ranks else f"torch sees {seen}"
+        asked = f"{gpus} GPUs, where {ranks} ranks need one each; start fewer ({number}), or ask for more GPUs"
+    elif seen > ranks and not given:  # of GPUs that were asked for, to leave some idle is the user's to choose
+        asked = (
+            f"torch sees {seen} GPUs, and {seen - ranks} would idle; start {seen} ranks ({number}; train.sbatch starts "
+            "as many as sbatch --gpus-per-node asks for), or hide the others with CUDA_VISIBLE_DEVICES"
+        )
+    return None, asked
 
 
 def _occupied(device: torch.device) -> str | None:
@@ -92,25 +104,6 @@ def _occupied(device: torch.device) -> str | None:
     return f"{device} has {free / 1e9:.0f} of {total / 1e9:.0f} GB free: another process holds the rest"
 
 
-def exchange(store: dist.Store, rank: int, size: int, own: RankReport, timeout: timedelta) -> list[RankReport] | None:
-    """All ranks' reports on the first rank, None on the others. Collective, over the store alone.
-
-    A rank that does not answer in time is missing from the list.
-    """
-    store.set(f"report_{rank}", json.dumps(dataclasses.asdict(own)))
-    if rank != 0:
-        return None
-    reports = []
-    for other in range(size):
-        try:
-            store.wait([f"report_{other}"], timeout)
-        except RuntimeError:
-            timeout = timedelta(seconds=1)  # the others have had theirs
-        else:
-            reports.append(RankReport(**json.loads(store.get(f"report_{other}"))))
-    return reports
-
-
 def nodes_of_job() -> list[str]:
     """The nodes that Slurm gave the job; none outside of Slurm."""
     if "SLURM_JOB_NODELIST" not in os.environ:
@@ -119,49 +112,14 @@ def nodes_of_job() -> list[str]:
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
 
 
-def run(grid: Grid, directory: Path) -> tuple[list[str | None], dict[tuple[str, str], float], float]:
-    """What takes all ranks together. Collective.
-
-    Returns:
-        Each rank's problem with the directory, the bandwidth of neighbouring nodes, and of an all-reduce over all
-        ranks, in bytes a second.
-    """
-    problems = check_shared(grid, directory, own_node())
+def look_at_others(grid: Grid, meeting: Meeting, directory: Path, own: RankReport) -> tuple[RankReport, Links]:
+    """What takes all ranks together, added to what this one found alone. Collective."""
+    asked = check_shared(grid, directory, own.node)[grid.rank]
     ranks: dict[str, list[int]] = defaultdict(list)
-    for rank, node in enumerate(grid.gather(own_node())):
+    for rank, node in enumerate(grid.gather(own.node)):
         ranks[node].append(rank)
-    links = dict(_measure_links(grid, ranks))
-    return problems, links, all_reduce_speed(Axis("world", grid.rank, tuple(range(grid.world_size))), grid.device)
-
-
-def _measure_links(grid: Grid, ranks: Mapping[str, Sequence[int]]) -> Iterator[tuple[tuple[str, str], float]]:
-    """Each node with its neighbour in a ring of all nodes, in rounds in which no node stands twice."""
-    nodes = sorted(ranks)
-    for pair in ring_rounds(nodes):
-        make_groups(tuple(sorted((*ranks[one], *ranks[other]))) for one, other in pair)
-        mine = [both for both in pair if grid.rank in (*ranks[both[0]], *ranks[both[1]])]
-        speed = None
-        if mine:
-            members = tuple(sorted((*ranks[mine[0][0]], *ranks[mine[0][1]])))
-            speed = all_reduce_speed(Axis("pair", members.index(grid.rank), members), grid.device)
-        speeds: list[Any] = [None] * grid.world_size
-        dist.all_gather_object(speeds, (mine[0], speed) if mine else None)
-        found: dict[tuple[str, str], list[float]] = defaultdict(list)
-        for entry in speeds:
-            if entry is not None:
-                found[entry[0]].append(entry[1])
-        yield from ((both, min(values)) for both, values in found.items())
-
-
-def ring_rounds(nodes: Sequence[str]) -> list[list[tuple[str, str]]]:
-    """The pairs of neighbours in a ring, in rounds of disjoint ones."""
-    if len(nodes) < 2:
-        return []
-    pairs = list(zip(nodes, [*nodes[1:], nodes[0]], strict=True))
-    if len(nodes) == 2:
-        return [pairs[:1]]
-    rounds = [pairs[:-1:2], pairs[1:-1:2], pairs[-1:]]
-    return [one for one in rounds if one]
+    links = measure_links(grid, meeting, ranks)
+    return dataclasses.replace(own, asked=asked, problem=links.problem), links
 
 
 def check_shared(grid: Grid, directory: Path, node: str) -> list[str | None]:
@@ -198,13 +156,20 @@ def check_shared(grid: Grid, directory: Path, node: str) -> list[str | None]:
     return grid.broadcast(problems)
 
 
-def look_over(directory: Path, timeout_minutes: float, tell: Callable[[Findings, list[RankReport]], None]) -> Findings:
+Tell = Callable[[Findings, list[RankReport]], None]
+"""Called on the first rank with the findings and all ranks' reports."""
+
+
+def look_over(
+    directory: Path, timeout_minutes: float, tell: Tell, *, cpu: bool = False, least: float = 0.0
+) -> Findings:
     """Measures and judges. Collective.
 
     Args:
         timeout_minutes: for any rank to answer.
-        tell: called on the first rank with the findings and all ranks' reports, before any rank leaves: a launcher
-            ends all when one has failed.
+        tell: before any rank leaves: a launcher ends all when one has failed.
+        cpu: ranks are meant to compute on CPUs.
+        least: bandwidth between neighbouring nodes, in bytes a second.
 
     Returns:
         The findings, on all ranks.
@@ -212,27 +177,47 @@ def look_over(directory: Path, timeout_minutes: float, tell: Callable[[Findings,
     timeout = timedelta(minutes=timeout_minutes)
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     store = dist.HashStore() if size == 1 else next(iter(dist.rendezvous("env://", timeout=timeout)))[0]
-    store = dist.PrefixStore("preflight", store)
-    reports = exchange(store, rank, size, look_at_own(), timeout)
-    if reports is not None:
-        alone = absent(reports, size, nodes_of_job()) if len(reports) < size else judge(reports, {})
-        if not alone.ok:
-            tell(alone, reports)
-        store.set("findings", json.dumps(dataclasses.asdict(alone)))
-    store.wait(["findings"], 2 * timeout)
-    findings = Findings(**json.loads(store.get("findings")))
+    meeting = Meeting(dist.PrefixStore("preflight", store), rank, size, timeout)
+    own = look_at_own(cpu=cpu)
+    findings = settle("own", own, meeting, tell)
     if not findings.ok:
         return findings
-    grid = init_distributed(timeout_minutes)
-    problems, links, overall = run(grid, directory)
-    if reports is not None:
-        reports = [dataclasses.replace(one, directory=problem) for one, problem in zip(reports, problems, strict=True)]
-        findings = judge(reports, links)
-        print(describe(reports, links, overall), flush=True)
-        tell(findings, reports)
-    findings = grid.broadcast(findings)
-    grid.close()
+    grid = None
+    try:
+        grid = init_distributed(timeout_minutes)
+    except RuntimeError as error:
+        own = dataclasses.replace(own, problem=f"no process group with the others: {str(error).splitlines()[0]}")
+    findings = settle("joined", own, meeting, tell)
+    if grid is None or not findings.ok:
+        return findings
+    own, links = look_at_others(grid, meeting, directory, own)
+    findings = settle("others", own, meeting, tell, links, least)
+    if findings.ok:  # otherwise some rank may wait in a collective for ever
+        grid.close()
     return findings
+
+
+def settle(
+    name: str, own: RankReport, meeting: Meeting, tell: Tell, links: Links | None = None, least: float = 0.0
+) -> Findings:
+    """Judges what all ranks have found so far, and tells it where something is wrong. Collective.
+
+    Args:
+        links: once the ranks have talked; then it is told in any case.
+    """
+    words = meeting.gather(name, dataclasses.asdict(own))
+    findings = Findings()
+    if words is not None:
+        reports = [RankReport(**word) for word in words if word is not None]
+        if len(reports) < meeting.size:
+            findings = absent(reports, meeting.size, nodes_of_job())
+        else:
+            findings = judge(reports, links.speeds if links else {}, least)
+        if links is not None and links.complete:
+            print(describe(reports, links.speeds, links.overall), flush=True)
+        if links is not None or not findings.ok:
+            tell(findings, reports)
+    return Findings(**meeting.hear(f"{name}_found", dataclasses.asdict(findings)))
 
 
 def tell(findings: Findings, reports: Sequence[RankReport], report: Path | None) -> None:
@@ -260,10 +245,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--directory", type=Path, required=True, metavar="DIR", help="that all nodes must share")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the findings there as JSON")
     parser.add_argument("--timeout-minutes", type=float, default=5.0, metavar="N", help="for any rank to answer (5)")
+    parser.add_argument("--cpu", action="store_true", help="ranks are meant to compute on CPUs")
+    least = "between neighbouring nodes, all-reduce; 0 (default): half of the median alone"
+    parser.add_argument("--least-bandwidth", type=float, default=0.0, metavar="GB/S", help=least)
     options = parser.parse_args(argv)
-    findings = look_over(options.directory, options.timeout_minutes, partial(tell, report=options.report))
+    # A collective that fails is to be told, by whoever waits for it, not to end the process.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    findings = look_over(
+        options.directory,
+        options.timeout_minutes,
+        partial(tell, report=options.report),
+        cpu=options.cpu,
+        least=1e9 * options.least_bandwidth,
+    )
     return 0 if findings.ok else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a collective that never returns holds its thread, and would hold the interpreter's end

@@ -13,9 +13,12 @@ import torch
 import torch.distributed as dist
 
 from parallel import preflight
+from parallel.axes import Axis
 from parallel.findings import Findings, RankReport, absent, describe, judge
 from parallel.grid import Grid
-from parallel.preflight import check_shared, exchange, look_at_own, main, ring_rounds, run, tell
+from parallel.links import Links, ring_rounds
+from parallel.meeting import Meeting
+from parallel.preflight import check_shared, look_at_others, look_at_own, main, tell
 
 SOFTWARE = {"torch": "2.13.0", "git revision": "abc"}
 
@@ -100,25 +103,34 @@ def test_what_most_nodes_have_wrong_is_laid_to_none_of_them() -> None:
 def test_a_directory_that_one_node_alone_has_is_no_shared_one() -> None:
     local = "runs is not the first rank's"
     for nodes in (2, 4):
-        found = [*reports(1), *(dataclasses.replace(report, directory=local) for report in reports(nodes)[2:])]
+        found = [*reports(1), *(dataclasses.replace(report, asked=local) for report in reports(nodes)[2:])]
         findings = judge(found, ring(nodes))
         assert findings.bad == {}
         assert [problem.startswith(local) for problem in findings.asked] == [True]
-    assert judge([dataclasses.replace(report, directory="runs: no") for report in reports(1)], {}).asked
+    assert judge([dataclasses.replace(report, asked="runs: no") for report in reports(1)], {}).asked
     found = reports(4)
-    found[3] = dataclasses.replace(found[3], directory=local)
+    found[3] = dataclasses.replace(found[3], asked=local)
     assert judge(found, ring(4)) == Findings(bad={"n1": [local]})
 
 
 def test_what_was_asked_of_nodes_is_blamed_on_none() -> None:
     found = [dataclasses.replace(report, asked="9 ranks, 8 GPUs") for report in reports(1)]
-    assert judge(found, {}) == Findings(asked=["9 ranks, 8 GPUs"])
+    assert judge(found, {}) == Findings(asked=["9 ranks, 8 GPUs (on n0: 1 of 1 nodes)"])
 
 
 def test_speeds_of_cpus_are_not_judged() -> None:
     found = [dataclasses.replace(report, device="cpu, 1 threads a rank") for report in reports(4)]
     found[3] = dataclasses.replace(found[3], tflops=1.0)
     assert judge(found, ring(4) | {("n1", "n2"): 1.0}).ok
+    assert not judge(found, ring(4) | {("n1", "n2"): 1.0}, least_bandwidth=2.0).ok, "but what was asked for is"
+
+
+def test_a_link_slower_than_asked_for_is_found_where_there_is_none_to_compare_it_with() -> None:
+    assert judge(reports(2), ring(2, speed=1e9)).ok
+    said = "link between n0 and n1 at 1 GB/s, where the median is 1, and at least 20 is asked for"
+    assert judge(reports(2), ring(2, speed=1e9), 20e9).asked == [f"{said} (on n0, n1: 2 of 2 nodes)"]
+    assert judge(reports(2), ring(2), 20e9).ok
+    assert len(judge(reports(3), ring(3, speed=1e9), 20e9).asked) == 3, "the network's, not the nodes'"
 
 
 def test_a_node_that_does_not_answer_is_named() -> None:
@@ -132,11 +144,13 @@ def test_a_node_that_does_not_answer_is_named() -> None:
 
 
 def test_the_first_rank_waits_once_for_those_that_never_answer() -> None:
-    store, (one, other) = dist.HashStore(), reports(2, per_node=1)
-    assert exchange(store, 2, 4, other, timedelta(seconds=1)) is None
+    store = dist.HashStore()
+    first, third = (Meeting(store, rank, 4, timedelta(seconds=1)) for rank in (0, 2))
+    assert third.gather("own", {"node": "n2"}) is None
     start = time.monotonic()
-    assert exchange(store, 0, 4, one, timedelta(seconds=1)) == [one, other]
+    assert first.gather("own", "here") == ["here", None, {"node": "n2"}, None]
     assert time.monotonic() - start < 10
+    assert [one.hear("found", value) for one, value in ((first, [1]), (third, "not looked at"))] == [[1], [1]]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +158,6 @@ def test_the_first_rank_waits_once_for_those_that_never_answer() -> None:
     [
         ("8", 7, "8", "torch sees 7 GPUs, where Slurm gave 8"),
         ("8", 0, "1", "torch sees 0 GPUs, where Slurm gave 8"),
-        (None, 4, "8", "torch sees 4 GPUs, where 8 ranks need one each"),
         ("7", 8, "7", None),
     ],
 )
@@ -160,13 +173,31 @@ def test_a_missing_gpu_is_found_before_the_ranks_join(
     assert look_at_own().problem == said
 
 
-def test_more_ranks_than_gpus_asked_for_are_no_fault_of_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+@pytest.mark.parametrize(
+    ("given", "seen", "ranks", "said"),
+    [
+        ("4", 4, "8", "Slurm gave 4 GPUs, where 8 ranks need one each; start fewer"),
+        ("4", 8, "8", "Slurm gave 4 GPUs, where 8 ranks need one each; start fewer"),
+        (None, 4, "8", "torch sees 4 GPUs, where 8 ranks need one each; start fewer"),
+        (None, 0, "1", "torch sees no GPU; ask for GPUs (sbatch --gpus-per-node)"),
+        (None, 8, "1", "torch sees 8 GPUs, and 7 would idle; start 8 ranks"),
+        ("8", 8, "4", None),
+        ("4", 8, "4", None),
+    ],
+)
+def test_ranks_that_do_not_fit_the_gpus_are_no_fault_of_the_node(
+    given: str | None, seen: int, ranks: str, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    if given is not None:
+        monkeypatch.setenv("SLURM_GPUS_ON_NODE", given)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setattr(preflight, "matmul_speed", lambda device: 1e12)
     own = look_at_own()
     assert own.problem is None
-    assert str(own.asked).startswith("Slurm gave 4 GPUs a node, where 8 ranks need one each; start at most 4")
+    assert str(own.asked).startswith(str(said))
+    assert (look_at_own(cpu=True).asked is None) == (said is None or seen == 0)
 
 
 def test_a_device_that_fails_or_is_in_use_is_a_problem_of_its_node(
@@ -178,7 +209,7 @@ def test_a_device_that_fails_or_is_in_use_is_a_problem_of_its_node(
     monkeypatch.setenv("SLURMD_NODENAME", "n7")
     monkeypatch.setattr(preflight, "matmul_speed", fail)
     report = tmp_path / "found.json"
-    assert main(["--directory", str(tmp_path), "--report", str(report)]) == 1
+    assert main(["--directory", str(tmp_path), "--report", str(report), "--cpu"]) == 1
     assert json.loads(report.read_text())["bad"] == {"n7": ["cpu: CUDA error: uncorrectable ECC error encountered"]}
     assert "n7: cpu: CUDA error: uncorrectable ECC error encountered; leave the node out" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30e9, 80e9))
@@ -187,22 +218,25 @@ def test_a_device_that_fails_or_is_in_use_is_a_problem_of_its_node(
     assert preflight._occupied(torch.device("cuda", 0)) == said
 
 
-def look(grid: Grid, directories: list[str], nodes: list[str]) -> tuple[list[str | None], dict[tuple[str, str], float]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLURMD_NODENAME", nodes[grid.rank])
-        problems, links, overall = run(grid, Path(directories[grid.rank]))
-        own = look_at_own()
-    assert overall > 0
-    table = describe([dataclasses.replace(own, node=node) for node in nodes], links, overall)
-    assert [line.split()[0] for line in table.split("\n")[1:-1]] == list(dict.fromkeys(nodes))
-    return problems, links
+def report_of(node: str) -> RankReport:
+    return dataclasses.replace(look_at_own(cpu=True), node=node)
+
+
+def look(grid: Grid, directories: list[str], nodes: list[str], seconds: float = 60.0) -> tuple[RankReport, Links]:
+    names = dist.PrefixStore(directories[0], dist.distributed_c10d._get_default_store())
+    meeting = Meeting(names, grid.rank, grid.world_size, timedelta(seconds=seconds))
+    return look_at_others(grid, meeting, Path(directories[grid.rank]), report_of(nodes[grid.rank]))
 
 
 def test_ranks_look_at_each_other(ranks, tmp_path: Path) -> None:
-    shared = str(tmp_path / "shared")
-    for problems, links in ranks(2).run(look, directories=[shared] * 2, nodes=["n0", "n1"]):
-        assert problems == [None, None]
-        assert list(links) == [("n0", "n1")]
+    shared, nodes = str(tmp_path / "shared"), ["n0", "n1"]
+    found = ranks(2).run(look, directories=[shared] * 2, nodes=nodes)
+    assert [(own.problem, own.asked, links.complete) for own, links in found] == [(None, None, True)] * 2
+    links = found[0][1]
+    assert list(links.speeds) == [("n0", "n1")]
+    assert links.overall > 0
+    table = describe([own for own, _ in found], links.speeds, links.overall)
+    assert [line.split()[0] for line in table.split("\n")[1:-1]] == nodes
     assert list((tmp_path / "shared").iterdir()) == [], "the check leaves its files behind"
 
 
@@ -213,18 +247,67 @@ def test_ranks_look_at_each_other(ranks, tmp_path: Path) -> None:
 def test_links_of_a_ring_are_measured(ranks, tmp_path: Path, nodes: list[str]) -> None:
     """Ranks make each round's groups in one order, also those of a node that sits the round out."""
     directories = [str(tmp_path)] * len(nodes)
-    for _, links in ranks(len(nodes)).run(look, directories=directories, nodes=nodes):
-        names = sorted(set(nodes))
-        pairs = zip(names, [*names[1:], names[0]], strict=True)
-        assert {frozenset(pair) for pair in links} == {frozenset(pair) for pair in pairs}
-        assert all(speed > 0 for speed in links.values())
+    found = ranks(len(nodes)).run(look, directories=directories, nodes=nodes)
+    assert all(links.complete for _, links in found)
+    names = sorted(set(nodes))
+    pairs = zip(names, [*names[1:], names[0]], strict=True)
+    speeds = found[0][1].speeds
+    assert {frozenset(pair) for pair in speeds} == {frozenset(pair) for pair in pairs}
+    assert all(speed > 0 for speed in speeds.values())
+
+
+def cut_off(grid: Grid, directory: str, nodes: list[str]) -> tuple[RankReport, Links]:
+    """The link between the last two nodes hangs on one side, and fails on the other."""
+
+    def speed(axis: Axis, device: torch.device) -> float:
+        if axis.ranks == tuple(range(grid.world_size))[-2:]:
+            if grid.rank == grid.world_size - 1:
+                raise RuntimeError("NCCL error: unhandled system error\nmore")
+            time.sleep(60)
+        return 1e9
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("parallel.links.all_reduce_speed", speed)
+        return look(grid, [directory] * grid.world_size, nodes, seconds=4.0)
+
+
+def test_a_link_that_nothing_comes_through_is_named(ranks, tmp_path: Path) -> None:
+    found = ranks(2).run(cut_off, directory=str(tmp_path), nodes=["n0", "n1"])
+    link = "link between n0 and n1: "
+    assert [own.problem for own, _ in found] == [
+        f"{link}nothing came through in 2 s; NCCL_DEBUG=INFO says where it waits",
+        f"{link}RuntimeError: NCCL error: unhandled system error",
+    ]
+    assert not any(links.complete for _, links in found)
+    assert all(link in problem for problem in judge([own for own, _ in found], {}).asked)
+
+
+@pytest.mark.slow
+def test_a_link_that_nothing_comes_through_ends_its_round(ranks, tmp_path: Path) -> None:
+    """Its nodes are left out; the others, which wait for nothing that does not come, are not."""
+    found = ranks(4).run(cut_off, directory=str(tmp_path), nodes=["n0", "n1", "n2", "n3"])
+    assert [own.problem is None for own, _ in found] == [True, True, False, False]
+    assert list(judge([own for own, _ in found], found[0][1].speeds).bad) == ["n2", "n3"]
+    assert not any(links.complete for _, links in found)
+
+
+def test_ranks_that_do_not_join_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(timeout_minutes: float) -> Grid:
+        raise RuntimeError("Gloo connectFullMesh failed with timeout\nmore")
+
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    monkeypatch.setattr(preflight, "init_distributed", fail)
+    report = tmp_path / "found.json"
+    assert main(["--directory", str(tmp_path), "--report", str(report), "--cpu"]) == 1
+    said = "no process group with the others: Gloo connectFullMesh failed with timeout"
+    assert json.loads(report.read_text())["bad"] == {"n7": [said]}
 
 
 def test_a_directory_that_is_not_shared_names_the_node(ranks, tmp_path: Path) -> None:
     directories = [str(tmp_path / "here"), str(tmp_path / "elsewhere")]
-    for problems, _ in ranks(2).run(look, directories=directories, nodes=["n0", "n1"]):
-        assert problems[0] is None
-        assert "a file system that all nodes share" in str(problems[1])
+    one, other = (own for own, _ in ranks(2).run(look, directories=directories, nodes=["n0", "n1"]))
+    assert one.asked is None
+    assert "a file system that all nodes share" in str(other.asked)
 
 
 def shared(grid: Grid, directory: str) -> list[str | None]:
@@ -246,7 +329,7 @@ def test_findings_are_said_where_no_report_can_be_written(tmp_path: Path, capsys
 
 
 def test_the_command_reports_and_exits(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "parallel.preflight", "--directory", str(tmp_path), "--report"]
+    command = [sys.executable, "-m", "parallel.preflight", "--directory", str(tmp_path), "--cpu", "--report"]
     done = subprocess.run([*command, str(tmp_path / "found.json")], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "TFLOP/s" in done.stdout

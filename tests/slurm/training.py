@@ -67,9 +67,10 @@ class Training:
     ) -> None:
         self.cluster, self.run, self.log = cluster, runs / "two", runs / "job.log"
         arguments = [str(ASSETS / "tiny.yaml"), *settings(corpus, runs, "two"), *overrides]
-        port = {"RENDEZVOUS_PORT": str(free_ports(1)[0])}  # another cluster of tests counts its jobs from 1 as well
+        # Another cluster of tests counts its jobs from 1 as well.
+        own = {"RENDEZVOUS_PORT": str(free_ports(1)[0]), "ON_CPU": "1"}
         given = ["--nodes=2", f"--chdir={ROOT}", f"--output={self.log}", *options]
-        self.number = cluster.submit(*given, "slurm/train.sbatch", *arguments, **PLAIN | port | variables)
+        self.number = cluster.submit(*given, "slurm/train.sbatch", *arguments, **PLAIN | own | variables)
 
     @property
     def job(self) -> dict[str, str]:
