@@ -19,6 +19,7 @@ from parallel.grid import Grid
 from parallel.links import Links, ring_rounds
 from parallel.meeting import Meeting
 from parallel.preflight import check_shared, look_at_others, look_at_own, main, tell
+from training.supervise import supervise
 
 SOFTWARE = {"torch": "2.13.0", "git revision": "abc"}
 
@@ -111,6 +112,19 @@ def test_a_directory_that_one_node_alone_has_is_no_shared_one() -> None:
     found = reports(4)
     found[3] = dataclasses.replace(found[3], asked=local)
     assert judge(found, ring(4)) == Findings(bad={"n1": [local]})
+
+
+@pytest.mark.parametrize("cannot", [range(2, 8), range(8)], ids=["a directory of the first node's", "too many ranks"])
+def test_a_fault_of_the_user_s_ends_the_job(cannot: range, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    found = reports(4)
+    for rank in cannot:
+        found[rank] = dataclasses.replace(found[rank], asked="cannot be")
+    report = tmp_path / "report.json"
+    tell(judge(found, ring(4)), found, report)
+    decision = supervise(tmp_path / "run", 0.0, report, 5, lambda *command: "")
+    assert (decision.answer, decision.exclude) == ("failed", ())
+    assert decision.why.startswith("pre-flight: cannot be (on n")
 
 
 def test_what_was_asked_of_nodes_is_blamed_on_none() -> None:

@@ -148,6 +148,16 @@ def test_a_start_that_is_refused_is_the_only_one(cluster: Cluster, corpus: Path,
     assert not training.run.exists()
 
 
+def test_nodes_without_gpus_end_the_job_unless_they_are_asked_for(
+    cluster: Cluster, corpus: Path, tmp_path: Path
+) -> None:
+    training = Training(cluster, corpus, tmp_path, ON_CPU="0")
+    assert training.end()["JobState"] == "FAILED"
+    last = training.output().splitlines()[-1]
+    assert last.startswith("supervise: failed: pre-flight: torch sees no GPU; ask for GPUs (sbatch --gpus-per-node)")
+    assert "(on n0, n1: 2 of 2 nodes)" in last
+
+
 @pytest.mark.parametrize("which", [0, 1], ids=["first", "second"])
 def test_a_lost_node_is_replaced(
     cluster: Cluster, corpus: Path, alone: dict[int, float], tmp_path: Path, which: int
