@@ -49,7 +49,12 @@ VARIABLES: dict[str, dict[str, Variable]] = {
         "RENDEZVOUS_HOST": Variable("a host that this one knows", known_host, "the first node"),
         "RENDEZVOUS_PORT": Variable("a port from 1 to 65535", whole(1, 65535), "one made of the job's number"),
         "PREFLIGHT": Variable(*SWITCH, "1"),
+        "ON_CPU": Variable(*SWITCH, "0"),
+        "LEAST_BANDWIDTH": Variable(
+            "GB/s, as 40 or 12.5", lambda text: re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) is not None, "none"
+        ),
         "MAX_STANDSTILL": Variable("a whole number from 0, without leading zeros", whole(0), "5"),
+        "MAX_CRASHES": Variable("a whole number from 0, without leading zeros", whole(0), "24"),
         "OMP_NUM_THREADS": Variable(NUMBER, whole(1), "a process's share of the node's cores"),
     },
     "prepare": {

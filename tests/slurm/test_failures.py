@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 import sys
 import time
 from datetime import datetime
 from pathlib import Path
 
+import psutil
 import pytest
 
 from models.checkpoint import list_checkpoints
@@ -137,13 +139,20 @@ def test_a_killed_rank_is_started_again_in_the_same_allocation(
 
 
 def test_a_start_that_is_refused_is_the_only_one(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
-    """For a checkpoint, which the look at the configuration does not read."""
-    nowhere = tmp_path / "nowhere"
-    training = Training(cluster, corpus, tmp_path, f"checkpoint.resume={nowhere}", PREFLIGHT="0")
+    """For a corpus that goes once the configuration has been found to be right."""
+    moved = shutil.copytree(corpus, tmp_path / "corpus")
+    training = Training(cluster, moved, tmp_path)
+
+    def looking() -> bool:
+        found = psutil.process_iter(["cmdline"])
+        return any({"parallel.preflight", str(tmp_path)} <= set(one.info["cmdline"] or []) for one in found)
+
+    training.until(looking, "the look at the nodes")
+    shutil.rmtree(moved)
     assert training.end()["JobState"] == "FAILED"
     last = training.output().splitlines()[-1]
     assert last.startswith("supervise: failed: failed at step 0: ")
-    assert str(nowhere) in last
+    assert str(moved) in last
     assert training.output().count("supervise: ") == 1
     assert not training.run.exists()
 
