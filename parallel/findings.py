@@ -72,7 +72,9 @@ def _in_words(bad: Mapping[str, Sequence[str]], nodes: int) -> list[str]:
     for node, problems in bad.items():
         for problem in problems:
             having[problem].append(node)
-    return [f"{problem} (on {', '.join(names)}: {len(names)} of {nodes} nodes)" for problem, names in having.items()]
+    return [
+        f"{problem} (on {', '.join(sorted(names))}: {len(names)} of {nodes} nodes)" for problem, names in having.items()
+    ]
 
 
 def judge(
