@@ -33,6 +33,7 @@ from models.mixers import MixerConfigs
 from models.mixers.attention import AttentionConfig
 from models.mixers.gated_deltanet import GatedDeltaNetConfig
 from ops.impl import IMPLEMENTATIONS
+from parallel.compiled import compile_blocks
 from parallel.config import ParallelConfig
 from parallel.recompute import checkpoint_blocks
 from training.environment import describe_environment, peak_flops
@@ -142,8 +143,10 @@ def contender(name: str, model: nn.Module, loss: Callable[[Tensor], Tensor]) -> 
     return Contender(name, model, loss, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=fused))
 
 
-def of_ours(name: str, config: ModelConfig, device: torch.device, checkpointed: bool) -> Contender:
+def of_ours(name: str, config: ModelConfig, device: torch.device, checkpointed: bool, compiled: bool) -> Contender:
     model = LM(config, device_type=device.type).to(device)
+    if compiled:
+        compile_blocks(model, device.type)
     if checkpointed:
         checkpoint_blocks(model, ParallelConfig(activation_checkpointing="full"))
 
@@ -230,16 +233,16 @@ def _peak_gb(each: Contender, input_ids: Tensor) -> float | None:
     return (torch.cuda.max_memory_allocated() - before + each.resident_bytes()) / 1e9
 
 
-def compare(family: str, impl: str | None, scale: Scale, device: torch.device) -> list[Figures]:
-    """Both parts: 4k without recomputation, and the sweep with it."""
+def compare(family: str, impl: str | None, scale: Scale, device: torch.device, compiled: bool) -> list[Figures]:
+    """Both parts: 4k without recomputation, and the sweep with it; our models' blocks compiled or not."""
     figures = []
     for checkpointed, lengths in ((False, (scale.length,)), (True, scale.sweep)):
         config = configuration(family, impl, scale.narrow)
-        contenders = [of_ours("ours", config, device, checkpointed)]
+        contenders = [of_ours("ours", config, device, checkpointed, compiled)]
         if family in PEERS and device.type == "cuda":
             contenders.append(of_fla(family, contenders[0].model, device, checkpointed))  # type: ignore[arg-type]
             require_equal(contenders[0], contenders[1], torch.arange(2048, device=device).view(1, -1))
-        contenders.append(of_ours("transformer", transformer(config), device, checkpointed))
+        contenders.append(of_ours("transformer", transformer(config), device, checkpointed, compiled))
         for length in lengths:
             figures += measure(family, contenders, scale, length, checkpointed)
             for row in figures[-len(contenders) :]:
@@ -261,6 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=tuple(PRESETS), default=list(PRESETS))
     parser.add_argument("--impl", choices=("reference", "chunked", "triton", "fla"), help="of every op that has it")
+    parser.add_argument("--compile", action="store_true", help="the blocks of our models, as parallel.compile does")
     parser.add_argument("--rehearse", action="store_true", help="tiny models and shapes, also without a GPU")
     parser.add_argument("--output", type=Path, help="NAME.json is written")
     args = parser.parse_args(argv)
@@ -268,11 +272,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("there is no GPU here; --rehearse runs everything but flash-linear-attention's layers on the CPU")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scale = REHEARSAL if args.rehearse else FULL
-    figures = [row for family in args.families for row in compare(family, args.impl, scale, device)]
+    figures = [row for family in args.families for row in compare(family, args.impl, scale, device, args.compile)]
     if args.output is not None:
         environment = describe_environment({"world_size": 1})
         kept = {key: environment[key] for key in ("python", "platform", "packages", "device", "cuda", "git_revision")}
-        record = {"date": datetime.date.today().isoformat(), **kept, "results": [asdict(row) for row in figures]}
+        record = {
+            "date": datetime.date.today().isoformat(),
+            "compiled": args.compile,
+            **kept,
+            "results": [asdict(row) for row in figures],
+        }
         args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

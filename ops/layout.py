@@ -35,7 +35,12 @@ class Layout:
         return self.derive(_starts)
 
     def derive(self, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(positions, *args)`, computed on the first call and kept for the later ones."""
+        """`function(positions, *args)`, computed on the first call and kept for the later ones.
+
+        Compiled code computes it where it is used: a graph that knew what is kept would be another one for each layer.
+        """
+        if torch.compiler.is_compiling():
+            return function(self.positions, *args)
         key = (function, *args)
         if key not in self._derived:
             self._derived[key] = function(self.positions, *args)

@@ -119,6 +119,7 @@ class ParallelConfig:
             `none`, `full` for all, or `selective`.
         checkpointed_mixers, checkpointed_every: which those of `selective` are, the blocks of these mixers or, from the
             first on, every so many-th.
+        compile: torch.compile on what lies between the ops of each block (`parallel/compiled.py`).
         timeout_minutes: how long a rank waits for the others before it gives up.
         engine: further DeepSpeed configuration, passed through as it is, for example
             `{zero_optimization: {overlap_comm: true}}`.
@@ -133,6 +134,7 @@ class ParallelConfig:
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     checkpointed_mixers: tuple[str, ...] = ()
     checkpointed_every: int | None = None
+    compile: bool = False
     timeout_minutes: float = 30.0
     engine: dict[str, Any] = field(default_factory=dict)
 
@@ -147,6 +149,11 @@ class ParallelConfig:
         if self.sequence_sharded_norms and self.tensor == 1:
             raise ValueError(
                 "sequence_sharded_norms: true; needs tensor ranks, and tensor is 1; set tensor, or leave it out"
+            )
+        if self.compile and (self.tensor > 1 or self.zero_stage == 3):
+            raise ValueError(
+                "compile: true; needs tensor: 1 and a zero_stage below 3, as graphs hold nothing of what tensor ranks "
+                f"send and ZeRO 3 gathers; they are {self.tensor} and {self.zero_stage}; change them, or leave it out"
             )
         self._check_pipeline()
         self._check_checkpointing()

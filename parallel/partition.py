@@ -13,6 +13,7 @@ from models.lm import LM
 from models.sharding import Cut
 from parallel.axes import Axis
 from parallel.collectives import all_reduce
+from parallel.compiled import compile_blocks
 from parallel.config import ParallelConfig
 from parallel.grid import Grid
 from parallel.recompute import checkpoint_blocks
@@ -116,6 +117,8 @@ def cut_model(
     shard_sequence(model, slices)
     keep_stage(model, stages, pipeline.index)
     if parallel is not None:
+        if parallel.compile:
+            compile_blocks(model, device_type or grid.device.type)
         checkpoint_blocks(model, parallel)
     return model, blueprint, partition, summed
 

@@ -1,7 +1,7 @@
 """Activation checkpointing: blocks that keep only their input for the backward pass, and run once more in it.
 
-Applied to whole blocks from outside, first of all that wraps them: what compiles a block or drives it sees one that is
-checkpointed. What a block exchanges with other ranks is exchanged again, in the same order on all of them.
+Applied to whole blocks from outside, to compiled ones as they are. What a block exchanges with other ranks is exchanged
+again, in the same order on all of them.
 """
 
 from collections.abc import Callable

@@ -14,7 +14,9 @@ The contract every mixer keeps, attention included (`tests/models/test_mixers.py
                                                    where the settings turn that off); with
                                                    config.num_shared_params(width, count)
     shared: tuple[Module, ...]                     attribute, with the same: that module where this mixer reads it, a
-                                                   tuple lest it count among the mixer's own submodules
+                                                   tuple lest it count among the mixer's own submodules; with
+                                                   read_shared(), what it takes of it: compiled graphs, which all
+                                                   mixers of the kind have in common, end there
 
 The op is called through the parameter-free submodule `core` (`placement.core(op)`), which `parallel/` may wrap.
 """

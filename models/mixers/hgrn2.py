@@ -170,9 +170,13 @@ class HGRN2(nn.Module):
         f = f.to(torch.promote_types(f.dtype, torch.float32))
         if not self.shared:
             return torch.sigmoid(-f), F.logsigmoid(f)
-        log_bound, log_rest = self.shared[0](self.index)
+        log_bound, log_rest = self.read_shared()
         log_decay = torch.logaddexp(log_bound, log_rest + F.logsigmoid(f))
         return log_rest.exp() * torch.sigmoid(-f), log_decay.clamp(max=0.0)  # rounding may leave it above
+
+    def read_shared(self) -> tuple[Tensor, Tensor]:
+        """What `LowerBounds` has for this layer."""
+        return self.shared[0](self.index)
 
     def sharding(self) -> Sharding:
         heads = self.norm.weight.numel() // self.values
