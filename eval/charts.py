@@ -17,6 +17,7 @@ from eval.curves import (
     Values,
     column,
     extremes,
+    linear_ticks,
     log_ticks,
     medians,
     spread,
@@ -75,7 +76,7 @@ def _drawings(run: RunRecord) -> Iterator[Drawing]:
 
 
 def _draw_loss(run: RunRecord, axes: Axes) -> None:
-    _step_axis(run, axes)
+    step_axis(run, axes)
     _loss_curves(run, axes)
 
 
@@ -99,7 +100,7 @@ def _loss_curves(run: RunRecord, axes: Axes, *, log_steps: bool = False) -> None
 
 
 def _draw_bits_per_byte(run: RunRecord, axes: Axes) -> None:
-    _step_axis(run, axes)
+    step_axis(run, axes)
     bits = _plot_validation(run, axes, "val_bits_per_byte")
     axes.set_yscale("log")
     log_ticks(axes, "y", bits)
@@ -130,19 +131,18 @@ def _draw_loss_by_position(run: RunRecord, axes: Axes) -> None:
 
 
 def _draw_learning_rate(run: RunRecord, axes: Axes) -> None:
-    _step_axis(run, axes)
+    step_axis(run, axes)
     rates = column(run.training, "lr")
     kept = extremes(rates, RAW_POINTS)
     axes.plot(column(run.training, "step")[kept], rates[kept], color=PALETTE["training"], gid="training")
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=ROUND_STEPS))
-    axes.yaxis.set_major_formatter(COMPACT)
+    linear_ticks(axes)
 
 
 def _series(key: str, *, log: bool = False) -> Callable[[RunRecord, Axes], None]:
     """A drawing of one noisy key of the training rows: on a logarithmic axis, or on one from zero."""
 
     def draw(run: RunRecord, axes: Axes) -> None:
-        _step_axis(run, axes)
+        step_axis(run, axes)
         _plot_noisy(run, axes, key)
         values = column(run.training, key)
         if log:
@@ -151,8 +151,7 @@ def _series(key: str, *, log: bool = False) -> Callable[[RunRecord, Axes], None]
             return
         if np.isfinite(values).any():
             axes.set_ylim(0, 1.1 * np.nanpercentile(values, 99))
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=ROUND_STEPS))
-        axes.yaxis.set_major_formatter(COMPACT)
+        linear_ticks(axes)
 
     return draw
 
@@ -179,7 +178,7 @@ def _plot_validation(run: RunRecord, axes: Axes, key: str) -> Values:
     return values
 
 
-def _step_axis(run: RunRecord, axes: Axes) -> None:
+def step_axis(run: RunRecord, axes: Axes) -> None:
     """Steps from 0 to the last; resumes and interruptions as dashed lines, checkpoints as marks."""
     num_ticks = int(axes.bbox.width / 75)
     axes.xaxis.set_major_formatter(COMPACT)

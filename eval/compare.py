@@ -1,11 +1,11 @@
-"""Several runs on one page: curves laid over each other, final figures, events, and the settings that differ.
+"""Several runs on one page: curves laid over each other, final figures, evaluations, events, settings that differ.
 
 Part of `python -m eval.report RUN RUN ...`.
 """
 
 import io
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -13,22 +13,35 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 from ruamel.yaml import YAML
 
 from eval.charts import Chart
-from eval.curves import COMPACT, MEDIAN_POINTS, MEDIAN_ROWS, ROUND_STEPS, Values, column, log_ticks, medians, spread
+from eval.curves import (
+    COMPACT,
+    MEDIAN_POINTS,
+    MEDIAN_ROWS,
+    Values,
+    column,
+    linear_ticks,
+    log_ticks,
+    medians,
+    spread,
+)
 from eval.inline_svg import NARROW, RUN_COLORS, WIDE, render_svg
 from eval.page import render_page, write_page
 from eval.quantity import compact, duration
 from eval.run_record import Row, RunRecord, flatten, read_run
+from eval.task_table import Metric, Value, compare_tasks, leading, not_alike, values_of
 
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 """Line styles, the next one for each round through the colours."""
 
-
-SECTIONS = ("results", "curves", "configuration", "events")
+SECTIONS = ("results", "evaluations", "curves", "configuration", "events")
 """Of the page, in order."""
+
+
+Curve = tuple[Values, Values]
+"""Tokens trained on, and a value at each."""
 
 
 class Measure(NamedTuple):
@@ -44,12 +57,15 @@ def write_comparison(run_directories: Sequence[Path], output: Path | None = None
     """Writes the page, replacing an older one in one step, and returns where it is.
 
     Args:
-        run_directories: two or more; one without a training step yet is named in a note and left out.
+        run_directories: two or more; one without a training step yet is named in a note and left out. The page itself,
+            which `runs/*` names the second time, is not one.
         output: the file; comparison.html beside the first run if None.
 
     Raises:
         ValueError: fewer than two of them hold a run with a training step.
     """
+    page = output or run_directories[0].resolve().parent / "comparison.html"
+    run_directories = [directory for directory in run_directories if directory.resolve() != page.resolve()]
     runs, notes = [], []
     for directory in run_directories:
         try:
@@ -60,14 +76,16 @@ def write_comparison(run_directories: Sequence[Path], output: Path | None = None
         raise ValueError(
             f"{len(runs)} of {len(run_directories)} can be compared; name at least two: {'; '.join(notes)}"
         )
-    return write_page(render(runs, notes), output or run_directories[0].resolve().parent / "comparison.html")
+    return write_page(render(runs, notes), page)
 
 
 def render(runs: Sequence[RunRecord], notes: Sequence[str] = ()) -> str:
     """The page as HTML that needs nothing beside itself."""
     names = run_names(runs)
+    evaluations = [run.evaluations for run in runs]
     content: dict[str, Any] = {
         "results": _table(runs),
+        "evaluations": compare_tasks(evaluations),
         "configuration": differences(runs),
         "events": _events(names, runs),
     }
@@ -79,6 +97,8 @@ def render(runs: Sequence[RunRecord], notes: Sequence[str] = ()) -> str:
         styles=[_style(i) for i in range(len(runs))],
         notes=[*notes, *(f"{name}: {note}" for name, run in zip(names, runs, strict=True) for note in run.notes)],
         charts=_charts(names, runs),
+        task_charts=_task_charts(names, runs),
+        not_alike=not_alike(evaluations),
         sections=[(name, name.capitalize()) for name in SECTIONS if content.get(name, True)],
     )
 
@@ -131,12 +151,9 @@ MEASURES = (
 
 
 def _table(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """The measures that any run has, and the last value of every evaluation task; the best of each marked."""
-    tasks = sorted({key for run in runs for row in run.tasks for key in row if key.startswith("task/")})
-    measures = [*MEASURES]
-    measures += [Measure(key.removeprefix("task/"), _task(key), "{:.4f}".format) for key in tasks]
+    """The measures that any run has; the best of each marked."""
     rows = []
-    for label, read, show, better in measures:
+    for label, read, show, better in MEASURES:
         values = [read(run) for run in runs]
         known = [value for value in values if value is not None]
         if known:
@@ -144,10 +161,6 @@ def _table(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
             cells = [("" if value is None else show(value), value is not None and value == best) for value in values]
             rows.append({"label": label, "cells": cells})
     return rows
-
-
-def _task(key: str) -> Callable[[RunRecord], float | None]:
-    return lambda run: _last(run.tasks, key)
 
 
 def _events(names: Sequence[str], runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
@@ -177,36 +190,64 @@ def _charts(names: Sequence[str], runs: Sequence[RunRecord]) -> list[Chart]:
     ]
     charts = []
     for i, (name, title, caption, kind, key, log) in enumerate(drawings):
-        if not any(np.isfinite(column(getattr(run, kind), key)).any() for run in runs):
-            continue
-        draw = partial(_overlay, names, runs, kind, key, log)
-        wide = render_svg(draw, f"{name}-wide", title, WIDE) if i == 0 else None
-        charts.append(Chart(name, title, caption, render_svg(draw, name, title, NARROW), wide))
+        curves = [_curve(run, kind, key) for run in runs]
+        if any(np.isfinite(values).any() for _, values in curves):
+            draw = partial(_overlay, names, curves, log)
+            wide = render_svg(draw, f"{name}-wide", title, WIDE) if i == 0 else None
+            charts.append(Chart(name, title, caption, render_svg(draw, name, title, NARROW), wide))
     return charts
 
 
-def _overlay(names: Sequence[str], runs: Sequence[RunRecord], kind: str, key: str, log: bool, axes: Axes) -> None:
-    """One key of every run over the tokens trained on, which runs of any batch size share."""
-    drawn: list[Values] = []
-    for i, (name, run) in enumerate(zip(names, runs, strict=True)):
-        rows = getattr(run, kind)
-        tokens, values = _tokens(run, column(rows, "step")), column(rows, key)
-        if kind == "training" and len(values) >= MEDIAN_ROWS:
-            centres = spread(len(values), MEDIAN_POINTS)
-            tokens, values = tokens[centres], medians(values, centres, len(values) // 100)
-        style = _style(i)
-        axes.plot(tokens, values, color=style["color"], linestyle=style["linestyle"], label=name, gid=f"run-{i}")
-        drawn.append(values)
+def _curve(run: RunRecord, kind: str, key: str) -> Curve:
+    rows = getattr(run, kind)
+    tokens, values = _tokens(run, column(rows, "step")), column(rows, key)
+    if kind == "training" and len(values) >= MEDIAN_ROWS:
+        centres = spread(len(values), MEDIAN_POINTS)
+        return tokens[centres], medians(values, centres, len(values) // 100)
+    return tokens, values
+
+
+def _task_charts(names: Sequence[str], runs: Sequence[RunRecord]) -> list[Chart]:
+    """The first metric of each task that any run was asked at several steps."""
+    found = [values_of(run.evaluations) for run in runs]
+    several = dict.fromkeys(metric for values in found for metric in values)
+    charts = []
+    for number, metric in enumerate(leading(several)):
+        if any(len(values.get(metric, [])) > 1 for values in found):
+            name, title = f"task-{number}", f"{metric.task}: {metric.name}"
+            curves = [_task_curve(run, values, metric) for run, values in zip(runs, found, strict=True)]
+            draw = partial(_overlay, names, curves, None)
+            charts.append(Chart(name, title, metric.asked, render_svg(draw, name, title, NARROW), None))
+    return charts
+
+
+def _task_curve(run: RunRecord, found: Mapping[Metric, Sequence[Value]], metric: Metric) -> Curve:
+    values = found.get(metric, [])
+    steps = np.array([value.step for value in values], dtype=np.float64)
+    return _tokens(run, steps), np.array([value.value for value in values], dtype=np.float64)
+
+
+def _overlay(names: Sequence[str], curves: Sequence[Curve], log: bool | None, axes: Axes) -> None:
+    """A curve of every run over the tokens trained on, which runs of any batch size share.
+
+    Args:
+        log: whether the axis is logarithmic or begins at zero; None: neither, and every point is marked.
+    """
+    for i, (name, (tokens, values)) in enumerate(zip(names, curves, strict=True)):
+        style: dict[str, Any] = {"color": _style(i)["color"], "linestyle": _style(i)["linestyle"]}
+        if log is None:
+            style |= {"marker": "o", "markersize": 3.5}
+        axes.plot(tokens, values, label=name, gid=f"run-{i}", **style)
     axes.set_xlabel("tokens")
     axes.xaxis.set_major_formatter(COMPACT)
     if log:
         axes.set_yscale("log")
-        log_ticks(axes, "y", np.concatenate(drawn))
+        log_ticks(axes, "y", np.concatenate([values for _, values in curves]))
     else:
+        linear_ticks(axes)
+    if log is False:
         axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=ROUND_STEPS))
-        axes.yaxis.set_major_formatter(COMPACT)
-    if len(runs) <= 8:
+    if len(names) <= 8:
         axes.legend(loc="best")
 
 

@@ -43,6 +43,12 @@ def log_ticks(axes: Axes, which: str, values: Sequence[float] | Values) -> None:
     axis.set_minor_locator(NullLocator())
 
 
+def linear_ticks(axes: Axes) -> None:
+    """Up to seven round numbers up a linear axis."""
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=ROUND_STEPS))
+    axes.yaxis.set_major_formatter(COMPACT)
+
+
 def column(rows: Sequence[Row], key: str) -> Values:
     """One key of all rows; NaN where a row lacks it."""
     return np.array([row[key] if row.get(key) is not None else np.nan for row in rows], dtype=np.float64)

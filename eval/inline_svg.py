@@ -4,6 +4,7 @@ The drawing is done in the placeholder colours of `PALETTE`, which become CSS va
 and the dark page. Text stays text, in the page's own font.
 """
 
+import html
 import io
 import re
 from collections.abc import Callable
@@ -82,7 +83,7 @@ def _as_element(file: str, name: str, title: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     opening, rest = svg.split(">", 1)
     opening = re.sub(r' (width|height)="[^"]*"', "", opening)
-    svg = f'{opening} role="img" aria-label="{title}">{rest}'
+    svg = f'{opening} role="img" aria-label="{html.escape(title)}">{rest}'
     svg = svg.replace(' id="', f' id="{name}-').replace('href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
     for variable, placeholder in (PALETTE | RUN_COLORS).items():
         svg = svg.replace(placeholder, f"var(--{variable})")

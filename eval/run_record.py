@@ -1,12 +1,13 @@
-"""What a run directory says about its run: metrics, layers, samples, environment, configuration."""
+"""What a run directory says about its run: metrics, evaluations, layers, samples, environment, configuration."""
 
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eval.evaluations import PREFIX, Evaluation, Left, read_evaluations
 from models.restore import read_metrics
 
 Row = dict[str, Any]
@@ -27,9 +28,10 @@ class RunRecord:
         path: the run directory.
         training, validation: the rows of metrics.jsonl of either kind, one a step, steps ascending.
         tasks: the rows of evaluation tasks, keys `task/NAME/METRIC`, in the order they were written.
+        evaluations: these, and those of its checkpoints, steps ascending.
         events: the event rows, in the order they were written.
         repeated_steps: logged steps that were computed more than once, because a checkpoint lay behind them.
-        notes: what a reader of the figures should know: damaged lines, missing files.
+        notes: what a reader of the figures should know: damaged lines, missing files, evaluations left out.
         layers: the rows of layers.json.
         samples: samples/step_*.txt, steps ascending.
         environment: environment.json.
@@ -40,6 +42,7 @@ class RunRecord:
     training: tuple[Row, ...]
     validation: tuple[Row, ...]
     tasks: tuple[Row, ...]
+    evaluations: tuple[Evaluation, ...]
     events: tuple[Row, ...]
     repeated_steps: int
     notes: tuple[str, ...]
@@ -88,9 +91,8 @@ def read_run(path: Path) -> RunRecord:
         raise ValueError(f"{path}: no run directory, it has no metrics.jsonl; name a directory that train.py wrote")
     notes: list[str] = []
     lines = read_metrics(path)
-    tasks = [row for _, row in lines if row is not None and is_task(row)]
-    training, validation, events, repeated = _sort_metrics(lines, notes)
-    if not training:
+    found = _sort_metrics(lines, notes)
+    if not found.training:
         raise ValueError(f"{metrics}: holds no training step yet; train first, or wait for the first logged step")
     layers = _read_optional(path / "layers.json", notes)
     environment = _read_optional(path / "environment.json", notes)
@@ -101,11 +103,12 @@ def read_run(path: Path) -> RunRecord:
     ]
     return RunRecord(
         path=path,
-        training=tuple(training[step] for step in sorted(training)),
-        validation=tuple(validation[step] for step in sorted(validation)),
-        tasks=tuple(tasks),
-        events=tuple(events),
-        repeated_steps=repeated,
+        training=tuple(found.training[step] for step in sorted(found.training)),
+        validation=tuple(found.validation[step] for step in sorted(found.validation)),
+        tasks=tuple(found.tasks),
+        evaluations=read_evaluations(path, found.tasks, found.left, notes),
+        events=tuple(found.events),
+        repeated_steps=found.repeated,
         notes=tuple(notes),
         layers=tuple(json.loads(layers or "[]")),
         samples=tuple(sorted(samples)),
@@ -116,39 +119,60 @@ def read_run(path: Path) -> RunRecord:
 
 def is_task(row: Row) -> bool:
     """Whether a row of metrics.jsonl holds the results of evaluation tasks."""
-    return any(key.startswith("task/") for key in row)
+    return any(key.startswith(PREFIX) for key in row)
 
 
-def _sort_metrics(
-    lines: list[tuple[int, Row | None]], notes: list[str]
-) -> tuple[dict[int, Row], dict[int, Row], list[Row], int]:
-    """Training rows and validation rows by step, events, and the number of training rows that were written again.
+@dataclass
+class _Metrics:
+    """The rows of metrics.jsonl by kind.
 
-    The last row of a step counts. A resume goes back to its checkpoint: rows beyond it are dropped even where the run
-    has not come to their steps again.
+    Attributes:
+        training, validation: by step.
+        left: where the run went back.
+        repeated: training rows that were written again.
     """
-    training: dict[int, Row] = {}
-    validation: dict[int, Row] = {}
-    events: list[Row] = []
-    seen: set[int] = set()
-    repeated = 0
+
+    training: dict[int, Row] = field(default_factory=dict)
+    validation: dict[int, Row] = field(default_factory=dict)
+    tasks: list[Row] = field(default_factory=list)
+    events: list[Row] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
+    repeated: int = 0
+
+    def go_back(self, step: int, reached: int) -> None:
+        self.training = {known: row for known, row in self.training.items() if known <= step}
+        self.validation = {known: row for known, row in self.validation.items() if known <= step}
+        self.tasks = [row for row in self.tasks if row["step"] <= step]
+        if step < reached:
+            self.left.append((step, reached))
+
+
+def _sort_metrics(lines: list[tuple[int, Row | None]], notes: list[str]) -> _Metrics:
+    """The last row of a step counts. A start or a resume goes back to its checkpoint: rows beyond it are dropped even
+    where the run has not come to their steps again."""
+    found, seen, reached = _Metrics(), set[int](), 0
     for number, row in lines:
         if row is None:
             last = number == lines[-1][0]
             cut = "the last line is cut off, as a kill leaves it" if last else f"line {number} is damaged"
             notes.append(f"metrics.jsonl: {cut}; it was left out.")
-        elif "event" in row:
-            events.append(row)
-            if row["event"] in ("resumed", "rolled back"):
-                training = {step: old for step, old in training.items() if step <= row["step"]}
-                validation = {step: old for step, old in validation.items() if step <= row["step"]}
+            continue
+        step = row["step"]
+        if "event" in row:
+            found.events.append(row)
+            if row["event"] in ("started", "resumed", "rolled back"):
+                found.go_back(step, reached)
+                reached = step
         elif "val_loss" in row:
-            validation[row["step"]] = row
-        elif not is_task(row):
-            repeated += row["step"] in seen
-            seen.add(row["step"])
-            training[row["step"]] = row
-    return training, validation, events, repeated
+            found.validation[step] = row
+        elif is_task(row):
+            found.tasks.append(row)
+        else:
+            found.repeated += step in seen
+            seen.add(step)
+            found.training[step] = row
+        reached = max(reached, step)
+    return found
 
 
 def _read_optional(path: Path, notes: list[str]) -> str:

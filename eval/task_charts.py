@@ -1,25 +1,23 @@
-"""What evaluation tasks found that is more than a number, for a run's report: heat maps, and loss by position.
+"""What evaluation tasks found, for a run's report: figures, their curves, heat maps, and loss by position.
 
 A task may hand in a `heat_map`, a list of [length, depth, share], and `loss_by_position`, a list of [first, last + 1,
-nats, nats in windows or null] (`eval/tasks/retrieval.py`, `eval/tasks/length_extrapolation.py`). They come from the run
-(metrics.jsonl) and from `python -m eval RUN` (results.json beside it).
+nats, nats in windows or null] (`eval/tasks/retrieval.py`, `eval/tasks/length_extrapolation.py`).
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from eval.charts import Chart
-from eval.curves import COMPACT
+from eval.charts import Chart, step_axis
+from eval.curves import COMPACT, linear_ticks
+from eval.evaluations import Evaluation
 from eval.inline_svg import NARROW, PALETTE, render_svg
-from eval.run_record import Row, RunRecord
-from eval.task_table import PREFIX, task_table
+from eval.run_record import RunRecord
+from eval.task_table import Value, leading, task_table, values_of
 
 
 class HeatMap(NamedTuple):
@@ -42,43 +40,43 @@ class Found(NamedTuple):
 
 def task_section(run: RunRecord) -> dict[str, Any]:
     """What the template shows of a run's tasks; empty where it was asked none."""
-    found = latest(run.tasks, run.path / "results.json")
-    if not found:
+    if not run.evaluations:
         return {}
-    evaluated = [
-        (one.source, one.task, metric, value)
-        for one in found
-        if not one.source.startswith("step")
-        for metric, value in one.metrics.items()
-        if isinstance(value, int | float)
-    ]
+    found = latest(run.evaluations)
     return {
-        "lines": task_table(run.tasks),
-        "evaluated": evaluated,
+        "lines": task_table(run.evaluations),
         "heat_maps": heat_maps(found),
-        "charts": position_charts(found),
+        "charts": [*step_charts(run), *position_charts(found)],
     }
 
 
-def latest(rows: Sequence[Row], results: Path) -> list[Found]:
-    """The last result of each task in the loop, and those of `results`, a results.json, if there is one.
+def latest(evaluations: Sequence[Evaluation]) -> list[Found]:
+    """The last result of each task, in training and since."""
+    last = {
+        (one.in_training, task): Found(task, f"step {one.step:,}, {one.source}", metrics)
+        for one in evaluations
+        for task, metrics in one.results.items()
+    }
+    return list(last.values())
 
-    Args:
-        rows: with keys `task/NAME/METRIC`, in the order they were written.
-    """
-    last: dict[str, tuple[int, dict[str, Any]]] = {}
-    for row in rows:
-        of_row: dict[str, dict[str, Any]] = {}
-        for key, value in row.items():
-            if key.startswith(PREFIX):
-                task, _, metric = key.removeprefix(PREFIX).partition("/")
-                of_row.setdefault(task, {})[metric] = value
-        last |= {task: (row["step"], metrics) for task, metrics in of_row.items()}
-    found = [Found(task, f"step {step:,}", metrics) for task, (step, metrics) in last.items()]
-    if results.is_file():
-        record = json.loads(results.read_text(encoding="utf-8"))
-        found += [Found(task, f"{results.name} of {record['date'][:10]}", m) for task, m in record["results"].items()]
-    return found
+
+def step_charts(run: RunRecord) -> list[Chart]:
+    """The first metric of each task over the steps, where it was asked at several."""
+    found = values_of(run.evaluations)
+    charts = []
+    for number, metric in enumerate(leading(found)):
+        if len(found[metric]) > 1:
+            name, title = f"task-steps-{number}", f"{metric.task}: {metric.name}"
+            svg = render_svg(partial(_draw_steps, run, found[metric]), name, title, NARROW)
+            charts.append(Chart(name, title, metric.asked, svg, None))
+    return charts
+
+
+def _draw_steps(run: RunRecord, values: Sequence[Value], axes: Axes) -> None:
+    step_axis(run, axes)
+    style: dict[str, Any] = {"color": PALETTE["validation"], "marker": "o", "markersize": 3.5, "clip_on": False}
+    axes.plot([value.step for value in values], [value.value for value in values], gid="task", **style)
+    linear_ticks(axes)
 
 
 def heat_maps(found: Sequence[Found]) -> list[HeatMap]:

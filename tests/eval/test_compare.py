@@ -37,9 +37,27 @@ class Cells(HTMLParser):
             text, kind = self.rows[-1][-1]
             self.rows[-1][-1] = (text + data.strip(), kind)
 
-    def row(self, label: str) -> list[tuple[str, str]]:
-        (found,) = (row[1:] for row in self.rows if row and row[0][0] == label)
+    def row(self, *labels: str) -> list[tuple[str, str]]:
+        """The cells behind those that hold the labels."""
+        count = len(labels)
+        (found,) = (row[count:] for row in self.rows if tuple(text for text, _ in row[:count]) == labels)
         return found
+
+
+def write_evaluation(run: Path, step: int, **settings: object) -> None:
+    """What `slurm/eval.sbatch` leaves of a checkpoint."""
+    record = {
+        "model": str(run / "checkpoints" / f"step_{step:08d}"),
+        "digest": "",
+        "date": "2026-11-23T10:00:00+00:00",
+        "settings": {"recall": {"rows": 64} | settings, "num_fewshot": 5, "limit": None, "seed": 0},
+        "results": {
+            "recall": {"accuracy": step / 500, "rows": 64},
+            "arc_easy": {"acc": 0.25, "acc_stderr": 0.0625, "acc_norm,strict": 0.5, "acc_norm_stderr,strict": 0.125},
+        },
+    }
+    (run / "evaluations").mkdir(exist_ok=True)
+    (run / "evaluations" / f"step_{step:08d}.json").write_text(json.dumps(record))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +69,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         for key in ("loss", "val_loss", "val_bits_per_byte", "tokens_per_second"):
             if key in row:
                 row[key] *= 1.1
-    write_metrics(second, [*rows, {"step": 400, "task/recall/accuracy": 0.75}])
+    asked = [{"step": step, "task/recall/accuracy": 0.75 - step / 4000} for step in (100, 400)]
+    write_metrics(second, [*rows, *asked])
+    for run, steps in ((first, (300,)), (second, (100, 400))):
+        for step in steps:
+            write_evaluation(run, step)
     (second / "config.yaml").write_text("name: hgrn2\ntrain: {steps: 400, precision: bf16}\n")
     return [first, second]
 
@@ -68,8 +90,56 @@ def test_the_table_holds_each_run_s_figures(runs: list[Path], page: str) -> None
     assert table.row("Bits per byte, last") == [(f"{last:.4f}", "number best"), (f"{1.1 * last:.4f}", "number")]
     assert [kind for _, kind in table.row("Tokens per second, median")] == ["number", "number best"]
     assert table.row("Peak memory, GB") == [("0.9", "number"), ("0.9", "number")], "equal ones are not marked"
-    assert table.row("recall/accuracy") == [("", "number"), ("0.7500", "number")]
     assert [text for text, _ in table.row("Status")] == ["finished", "finished"]
+
+
+def test_the_last_evaluation_of_each_run_and_task_is_shown_with_its_step(page: str) -> None:
+    table = Cells(page)
+    assert [text for text, _ in table.row("recall", "accuracy", "in training")] == ["", "0.6500step 400"]
+    assert [text for text, _ in table.row("recall", "accuracy", "of checkpoints")] == [
+        "0.6000step 300",
+        "0.8000step 400",
+    ]
+    assert [text for text, _ in table.row("recall", "rows", "of checkpoints")] == ["64step 300", "64step 400"]
+    errors = [text for text, _ in table.row("arc_easy", "acc", "of checkpoints")]
+    assert errors == ["0.2500 ± 0.062step 300", "0.2500 ± 0.062step 400"]
+    assert table.row("arc_easy", "acc_norm,strict", "of checkpoints")[0][0].startswith("0.5000 ± 0.12")
+    assert "_stderr" not in page
+    assert 'title="evaluations/step_00000400.json of 2026-11-23"' in page
+    assert '<a href="#evaluations">' in page
+    assert "not asked with" not in page
+
+
+def test_a_task_asked_at_several_steps_is_a_curve(page: str) -> None:
+    charts = dict(re.findall(r'<figure id="chart-(task-\d+)">\s*<figcaption><strong>(.*?)</strong>', page))
+    assert list(charts.values()) == ["recall: accuracy", "recall: accuracy", "arc_easy: acc"]
+    for name in charts:
+        assert f'id="{name}-run-1"' in page
+
+
+def test_tasks_with_other_settings_are_named(tmp_path: Path) -> None:
+    found = [record_run(tmp_path / name) for name in ("a", "b")]
+    write_evaluation(found[0], 100)
+    write_evaluation(found[1], 100, rows=8, path="text.txt")
+    assert main([str(run) for run in found]) == 0
+    page = (tmp_path / "comparison.html").read_text()
+    assert "<li>recall: not asked with the same rows, path in all runs; the figures do not compare.</li>" in page
+    assert "arc_easy: not" not in page
+
+
+def test_a_comparison_of_runs_without_tasks_has_no_such_section(tmp_path: Path) -> None:
+    found = [record_run(tmp_path / name) for name in ("a", "b")]
+    assert main([str(run) for run in found]) == 0
+    assert 'id="evaluations"' not in (tmp_path / "comparison.html").read_text()
+
+
+def test_the_page_itself_is_no_run(tmp_path: Path) -> None:
+    """`runs/*` names it the second time."""
+    found = [record_run(tmp_path / name) for name in ("a", "b")]
+    for _ in range(2):
+        assert main([str(path) for path in sorted(tmp_path.iterdir())]) == 0
+    assert "no run directory" not in (tmp_path / "comparison.html").read_text()
+    assert len(found) == 2
 
 
 def test_only_settings_that_differ_are_shown(runs: list[Path], page: str) -> None:

@@ -5,14 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import data.prepare
 import models.hf.__main__
+from eval.evaluations import Evaluation
 from eval.report import write_report
-from eval.task_table import TaskLine, task_table
+from eval.task_table import Metric, Value, compare_tasks, leading, task_table
 from models.checkpoint import read_weights
 from models.hf.importing import open_directory
 from tests.eval.lm_eval_tasks import write_tasks
@@ -23,15 +25,38 @@ from tests.parallel.launch import CPU_ONLY
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_first_and_last_values_after_a_resume() -> None:
-    rows = [
-        {"step": 10, "task/a/accuracy": 0.1, "task/a/map": [[1]]},
-        {"step": 20, "task/a/accuracy": 0.9, "task/b/x/y": 2},
-        {"step": 15, "task/a/accuracy": 0.2},
+def asked(step: int, in_training: bool = True, **results: dict[str, Any]) -> Evaluation:
+    return Evaluation(step=step, in_training=in_training, source=f"of {step}", results=results, settings={})
+
+
+def test_first_and_last_values() -> None:
+    found = [
+        asked(10, a={"accuracy": 0.1, "accuracy_stderr": 0.03, "map": [[1]]}),
+        asked(15, a={"accuracy": 0.2}, b={"x/y": 2}),
+        asked(15, False, a={"accuracy": 0.3}),
+        asked(15, False, a={"accuracy": 0.4, "rows": True}),
     ]
-    assert task_table(rows) == [TaskLine("a", "accuracy", 10, 0.1, 15, 0.2)]
-    assert task_table(rows[:2])[1] == TaskLine("b", "x/y", 20, 2, 20, 2)
+    accuracy, since, other = task_table(found)
+    assert accuracy == (
+        Metric("a", "accuracy", True),
+        Value(10, 0.1, 0.03, "of 10"),
+        Value(15, 0.2, None, "of 15"),
+    )
+    assert other == (Metric("b", "x/y", True), Value(15, 2, None, "of 15"), Value(15, 2, None, "of 15"))
+    assert since.metric == Metric("a", "accuracy", False)
+    assert since.first == since.last, "of two at a step the later one counts"
+    assert since.last.value == 0.4
+    assert (accuracy.first.text, other.last.text) == ("0.1000 ± 0.03", "2")
+    assert Value(1, 1234.56, 10.44, "").text == "1,234.6 ± 10"
     assert task_table([]) == []
+
+
+def test_metrics_that_come_later_stand_with_their_task() -> None:
+    runs = [[asked(1, a={"x": 0.1}, b={"x": 0.2})], [asked(2, a={"x": 0.3, "y": 0.4})]]
+    rows = compare_tasks(runs)
+    assert [(row.metric.task, row.metric.name) for row in rows] == [("a", "x"), ("a", "y"), ("b", "x")]
+    assert [[value and value.value for value in row.last] for row in rows] == [[0.1, 0.3], [None, 0.4], [0.2, None]]
+    assert [metric.name for metric in leading({row.metric: None for row in rows})] == ["x", "x"]
 
 
 def test_the_report_shows_them(tmp_path: Path) -> None:
@@ -43,8 +68,9 @@ def test_the_report_shows_them(tmp_path: Path) -> None:
     page = write_report(run).read_text(encoding="utf-8")
     assert '<section id="tasks">' in page
     assert "<td>recall</td><td>accuracy</td>" in page
-    assert '<td class="number">0.1</td>' in page
-    assert '<td class="number">0.4</td>' in page
+    assert "<strong>recall: accuracy</strong>" in page, "the curve"
+    assert '<td class="number">0.1000</td>' in page
+    assert '<td class="number">0.4000</td>' in page
 
 
 @pytest.fixture(scope="module")
