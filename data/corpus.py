@@ -18,7 +18,7 @@ from data.tokenizer import Tokenizer
 Split = Literal["train", "valid"]
 PADDINGS = (1, 64, 128, 256, 512, 1024)  # multiples to which an embedding is commonly rounded up
 SAMPLED_TOKENS = 1 << 20
-SWEPT = 1 << 27  # sequences of an index that a start looks at: seconds, however large the corpus
+SWEPT = 1 << 24  # sequences of an index that a start looks at: a second, however large the corpus
 
 
 @dataclass(frozen=True)

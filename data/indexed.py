@@ -51,9 +51,11 @@ class IndexedDataset:
         if len(index) != expected:
             raise ValueError(f"{self.idx_path}: {len(index)} bytes; its header announces {expected}; {WAY_OUT}")
         self.dtype = np.dtype(TOKEN_DTYPES[code])
+        self._pointers_offset = HEADER.size + 4 * num_sequences
+        self._documents_offset = HEADER.size + 12 * num_sequences
         self.lengths = np.frombuffer(index, np.int32, num_sequences, HEADER.size)
-        self.pointers = np.frombuffer(index, np.int64, num_sequences, HEADER.size + 4 * num_sequences)
-        self.document_index = np.frombuffer(index, np.int64, num_offsets, HEADER.size + 12 * num_sequences)
+        self.pointers = np.frombuffer(index, np.int64, num_sequences, self._pointers_offset)
+        self.document_index = np.frombuffer(index, np.int64, num_offsets, self._documents_offset)
         tokens = _map(self.bin_path)
         end = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if num_sequences else 0
         if len(tokens) != end:
@@ -95,28 +97,33 @@ class IndexedDataset:
     def verify(self, limit: int | None = None) -> None:
         """Sweeps over the index: sequences must lie end to end in the .bin and documents must follow each other.
 
+        What it looks at is read, not mapped, so that no more than a chunk of it is held.
+
         Args:
             limit: of an index with more sequences or documents, only as many, in runs at equal distances: for a check
                 whose time must not grow with the corpus.
         """
-        for start in _sweep(len(self.lengths), limit):
-            self._verify_sequences(start)
-        for start in _sweep(len(self.document_index), limit):
-            chunk = self.document_index[start : start + CHUNK + 1]  # one more, to compare across the border
-            if np.any(np.diff(chunk) < 0):
-                raise ValueError(f"{self.idx_path}: damaged document index; its entries must not fall; {WAY_OUT}")
+        with open(self.idx_path, "rb") as index:
+            for start in _sweep(len(self.lengths), limit):
+                self._verify_sequences(index, start)
+            for start in _sweep(len(self.document_index), limit):
+                entries = min(CHUNK + 1, len(self.document_index) - start)  # one more, to compare across the border
+                if np.any(np.diff(_read(index, np.int64, self._documents_offset, start, entries)) < 0):
+                    raise ValueError(f"{self.idx_path}: damaged document index; its entries must not fall; {WAY_OUT}")
         if self.document_index[0] != 0 or self.document_index[-1] != len(self.lengths):
             raise ValueError(
                 f"{self.idx_path}: document index from {self.document_index[0]} to {self.document_index[-1]}; "
                 f"must run from 0 to the {len(self.lengths)} sequences; {WAY_OUT}"
             )
 
-    def _verify_sequences(self, start: int) -> None:
+    def _verify_sequences(self, index: BinaryIO, start: int) -> None:
         """Of the sequences from `start`, a chunk: each begins where the one before it ends."""
-        lengths = self.lengths[start : start + CHUNK].astype(np.int64)
+        count = min(CHUNK, len(self.lengths) - start)
+        lengths = _read(index, np.int32, HEADER.size, start, count).astype(np.int64)
+        pointers = _read(index, np.int64, self._pointers_offset, start, count)
         sizes = lengths * self.dtype.itemsize
         first = int(self.pointers[start - 1]) + int(self.lengths[start - 1]) * self.dtype.itemsize if start else 0
-        if lengths.min() < 0 or np.any(self.pointers[start : start + CHUNK] != first + np.cumsum(sizes) - sizes):
+        if lengths.min() < 0 or np.any(pointers != first + np.cumsum(sizes) - sizes):
             raise ValueError(
                 f"{self.idx_path}: damaged between sequences {start} and {start + len(lengths)}; "
                 f"sequences must lie end to end in the .bin; {WAY_OUT}"
@@ -206,6 +213,13 @@ def _sweep(count: int, limit: int | None) -> range:
     chunks = -(-count // CHUNK)
     visited = chunks if limit is None else min(chunks, max(1, limit // CHUNK))
     return range(0, count, CHUNK * -(-chunks // visited)) if chunks else range(0)
+
+
+def _read(file: BinaryIO, dtype: type[np.generic], offset: int, start: int, count: int) -> np.ndarray:
+    """Entries from `start` of an array that lies at `offset` in the file."""
+    itemsize = np.dtype(dtype).itemsize
+    file.seek(offset + start * itemsize)
+    return np.frombuffer(file.read(count * itemsize), dtype)
 
 
 def _map(path: Path) -> mmap.mmap | bytes:

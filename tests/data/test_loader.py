@@ -1,17 +1,13 @@
-import struct
-import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 
 from data.config import CorpusConfig, DataConfig
-from data.corpus import check_data
 from data.indexed import IndexedDataset, IndexedWriter
 from data.loader import Batch, Loader, validation_batches
 from data.tokenizer import Tokenizer
@@ -244,25 +240,3 @@ def test_ids_outside_the_vocabulary_reach_the_consumer_as_an_error(tmp_path: Pat
     batches = loader(config(pair), vocab_size=500).batches(0)
     with pytest.raises(ValueError, match=r"pair: holds the token id 501; .* vocabulary of 500"):
         list(islice(batches, 100))
-
-
-def write_sparse(prefix: Path, sequences: int, length: int) -> None:
-    """A pair as large as told, all zeros, that takes no room on the disk."""
-    lengths = np.full(sequences, length, dtype=np.int32)
-    pointers = np.arange(sequences, dtype=np.int64) * length * 2
-    index = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, sequences, sequences + 1)
-    starts = np.arange(sequences + 1, dtype=np.int64)
-    Path(f"{prefix}.idx").write_bytes(index + lengths.tobytes() + pointers.tobytes() + starts.tobytes())
-    with open(f"{prefix}.bin", "wb") as file:
-        file.truncate(2 * sequences * length)
-
-
-def test_memory_and_time_do_not_grow_with_the_corpus(tmp_path: Path) -> None:
-    write_sparse(tmp_path / "large", sequences=30_000, length=2_000_000)  # 120 GB
-    data = config(tmp_path / "large", length=512)
-    before, began = psutil.Process().memory_info().rss, time.monotonic()
-    assert check_data(data, 512, validation=False) is None
-    (last,) = take(data, 1, consumed=10**12)
-    assert psutil.Process().memory_info().rss - before < 100e6
-    assert time.monotonic() - began < 10
-    assert len(last) == 6
