@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from multiprocessing import get_context
@@ -61,7 +62,8 @@ def write_corpus(prefix: Path, tokens: int) -> None:
     documents = tokens // DOCUMENT
     with open(f"{prefix}.bin", "wb") as file:
         file.truncate(2 * documents * DOCUMENT)
-    with open(f"{prefix}.idx", "wb") as file:
+    unfinished = Path(f"{prefix}.idx.unfinished")
+    with unfinished.open("wb") as file:
         file.write(HEADER.pack(MAGIC, VERSION, 8, documents, documents + 1))
         for start in range(0, documents, CHUNK):
             file.write(np.full(min(CHUNK, documents - start), DOCUMENT, dtype=np.int32).tobytes())
@@ -70,6 +72,7 @@ def write_corpus(prefix: Path, tokens: int) -> None:
                 file.write((step * np.arange(start, min(start + CHUNK, stop), dtype=np.int64)).tobytes())
         file.flush()
         os.fsync(file.fileno())
+    unfinished.replace(f"{prefix}.idx")
 
 
 def measure(prefix: Path, tokens: int, consumed: int) -> Figures:
@@ -125,15 +128,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[10**6, 10**9, 10**12], metavar="N", help="of corpora")
     parser.add_argument("--resume", type=int, default=10**8, metavar="SAMPLES", help="consumed by the resumed run")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--directory", type=Path, help="where corpora are kept, and taken from when they are there")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write the figures as JSON")
     args = parser.parse_args(argv)
     if min(args.tokens) <= LENGTH or args.rounds < 1 or args.resume < 0:
         parser.error(f"--tokens must be above {LENGTH}, --rounds at least 1, --resume not negative")
-    with tempfile.TemporaryDirectory() as directory:
+    place = tempfile.TemporaryDirectory() if args.directory is None else nullcontext(str(args.directory))
+    with place as directory:
         corpora = {tokens: Path(directory) / str(tokens) for tokens in args.tokens}
         for tokens, prefix in corpora.items():
-            write_corpus(prefix, tokens)
-            print(f"{tokens:,} tokens: written", flush=True)
+            if not Path(f"{prefix}.idx").exists():
+                write_corpus(prefix, tokens)
+                print(f"{tokens:,} tokens: written", flush=True)
         cases = [(tokens, consumed) for tokens in args.tokens for consumed in (0, args.resume)]
         found: dict[tuple[int, int], list[Figures]] = {case: [] for case in cases}
         with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as processes:

@@ -7,9 +7,9 @@ Format: Megatron-LM, megatron/core/datasets/indexed_dataset.py; GPT-NeoX writes 
 """
 
 import hashlib
-import mmap
 import os
 import struct
+import weakref
 from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 HEADER = struct.Struct("<9sQBQQ")
 MAGIC = b"MMIDIDX\x00\x00"
@@ -27,8 +28,9 @@ WAY_OUT = "copy the pair again or prepare the corpus again"
 
 
 class IndexedDataset:
-    """A pair PREFIX.bin, PREFIX.idx, mapped into memory: opening it and keeping it open cost O(1).
+    """A pair PREFIX.bin, PREFIX.idx, read where it is asked for: opening it and keeping it open cost O(1).
 
+    Nothing is mapped: a map would read ahead at every look into the index, and its pages would stay in the process.
     Opening checks the header and both sizes; `verify` sweeps the index as well. Both raise ValueError.
     """
 
@@ -38,29 +40,26 @@ class IndexedDataset:
         for path in (self.bin_path, self.idx_path):
             if not path.is_file():
                 raise ValueError(f"{path}: missing; PREFIX.bin and PREFIX.idx must both be there; {WAY_OUT}")
-        index = _map(self.idx_path)
-        if len(index) < HEADER.size:
-            raise ValueError(f"{self.idx_path}: {len(index)} bytes; its header alone takes {HEADER.size}; {WAY_OUT}")
-        magic, version, code, num_sequences, num_offsets = HEADER.unpack_from(index)
+        index, tokens = _File(self, self.idx_path), _File(self, self.bin_path)
+        if index.size < HEADER.size:
+            raise ValueError(f"{self.idx_path}: {index.size} bytes; its header alone takes {HEADER.size}; {WAY_OUT}")
+        magic, version, code, num_sequences, num_offsets = HEADER.unpack(index.read(0, HEADER.size))
         if magic != MAGIC or version != VERSION or code not in TOKEN_DTYPES or num_offsets < 1:
             raise ValueError(
                 f"{self.idx_path}: header {magic!r}, version {version}, dtype code {code}; must be {MAGIC!r}, "
                 f"version {VERSION}, an integer dtype of {sorted(TOKEN_DTYPES)}; {WAY_OUT}"
             )
         expected = HEADER.size + 12 * num_sequences + 8 * num_offsets
-        if len(index) != expected:
-            raise ValueError(f"{self.idx_path}: {len(index)} bytes; its header announces {expected}; {WAY_OUT}")
+        if index.size != expected:
+            raise ValueError(f"{self.idx_path}: {index.size} bytes; its header announces {expected}; {WAY_OUT}")
         self.dtype = np.dtype(TOKEN_DTYPES[code])
-        self._pointers_offset = HEADER.size + 4 * num_sequences
-        self._documents_offset = HEADER.size + 12 * num_sequences
-        self.lengths = np.frombuffer(index, np.int32, num_sequences, HEADER.size)
-        self.pointers = np.frombuffer(index, np.int64, num_sequences, self._pointers_offset)
-        self.document_index = np.frombuffer(index, np.int64, num_offsets, self._documents_offset)
-        tokens = _map(self.bin_path)
-        end = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if num_sequences else 0
-        if len(tokens) != end:
-            raise ValueError(f"{self.bin_path}: {len(tokens)} bytes; {self.idx_path.name} announces {end}; {WAY_OUT}")
-        self._tokens = np.frombuffer(tokens, self.dtype)
+        self.lengths = StoredArray(index, np.int32, num_sequences, HEADER.size)
+        self.pointers = StoredArray(index, np.int64, num_sequences, HEADER.size + 4 * num_sequences)
+        self.document_index = StoredArray(index, np.int64, num_offsets, HEADER.size + 12 * num_sequences)
+        end = self.pointers.at(-1) + self.lengths.at(-1) * self.dtype.itemsize if num_sequences else 0
+        if tokens.size != end:
+            raise ValueError(f"{self.bin_path}: {tokens.size} bytes; {self.idx_path.name} announces {end}; {WAY_OUT}")
+        self._tokens = StoredArray(tokens, self.dtype, tokens.size // self.dtype.itemsize, 0)
 
     @property
     def num_tokens(self) -> int:
@@ -77,57 +76,101 @@ class IndexedDataset:
         return self.tokens(self._start(document), self._start(document + 1))
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop of the whole stream, in the file's dtype, as a view of the mapped file."""
+        """Tokens start to stop of the whole stream, in the file's dtype."""
         return self._tokens[start:stop]
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """Offsets, int64 and rising, of the tokens in [start, stop) of the stream that begin a document."""
         documents = range(len(self))
         first = bisect_left(documents, start, key=self._start)
-        last = bisect_left(documents, stop, lo=first, key=self._start)
+        reach = 1  # few documents begin in a row, so its end is sought from its beginning
+        while first + reach < len(documents) and self._start(first + reach) < stop:
+            reach *= 2
+        last = bisect_left(documents, stop, lo=first, hi=min(first + reach, len(documents)), key=self._start)
+        if first == last:
+            return np.empty(0, dtype=np.int64)
         sequences = self.document_index[first:last]
-        return np.unique(self.pointers[sequences] // self.dtype.itemsize)  # an empty document shares its offset
+        pointers = self.pointers[sequences[0] : sequences[-1] + 1][sequences - sequences[0]]
+        return np.unique(pointers // self.dtype.itemsize)  # an empty document shares its offset
 
     def _start(self, document: int) -> int:
-        sequence = int(self.document_index[document])
+        sequence = self.document_index.at(document)
         if sequence == len(self.pointers):
             return self.num_tokens
-        return int(self.pointers[sequence]) // self.dtype.itemsize
+        return self.pointers.at(sequence) // self.dtype.itemsize
 
     def verify(self, limit: int | None = None) -> None:
         """Sweeps over the index: sequences must lie end to end in the .bin and documents must follow each other.
-
-        What it looks at is read, not mapped, so that no more than a chunk of it is held.
 
         Args:
             limit: of an index with more sequences or documents, only as many, in runs at equal distances: for a check
                 whose time must not grow with the corpus.
         """
-        with open(self.idx_path, "rb") as index:
-            for start in _sweep(len(self.lengths), limit):
-                self._verify_sequences(index, start)
-            for start in _sweep(len(self.document_index), limit):
-                entries = min(CHUNK + 1, len(self.document_index) - start)  # one more, to compare across the border
-                if np.any(np.diff(_read(index, np.int64, self._documents_offset, start, entries)) < 0):
-                    raise ValueError(f"{self.idx_path}: damaged document index; its entries must not fall; {WAY_OUT}")
-        if self.document_index[0] != 0 or self.document_index[-1] != len(self.lengths):
+        for start in _sweep(len(self.lengths), limit):
+            self._verify_sequences(start)
+        for start in _sweep(len(self.document_index), limit):
+            chunk = self.document_index[start : start + CHUNK + 1]  # one more, to compare across the border
+            if np.any(np.diff(chunk) < 0):
+                raise ValueError(f"{self.idx_path}: damaged document index; its entries must not fall; {WAY_OUT}")
+        first, last = self.document_index.at(0), self.document_index.at(-1)
+        if first != 0 or last != len(self.lengths):
             raise ValueError(
-                f"{self.idx_path}: document index from {self.document_index[0]} to {self.document_index[-1]}; "
+                f"{self.idx_path}: document index from {first} to {last}; "
                 f"must run from 0 to the {len(self.lengths)} sequences; {WAY_OUT}"
             )
 
-    def _verify_sequences(self, index: BinaryIO, start: int) -> None:
+    def _verify_sequences(self, start: int) -> None:
         """Of the sequences from `start`, a chunk: each begins where the one before it ends."""
-        count = min(CHUNK, len(self.lengths) - start)
-        lengths = _read(index, np.int32, HEADER.size, start, count).astype(np.int64)
-        pointers = _read(index, np.int64, self._pointers_offset, start, count)
+        lengths = self.lengths[start : start + CHUNK].astype(np.int64)
         sizes = lengths * self.dtype.itemsize
-        first = int(self.pointers[start - 1]) + int(self.lengths[start - 1]) * self.dtype.itemsize if start else 0
-        if lengths.min() < 0 or np.any(pointers != first + np.cumsum(sizes) - sizes):
+        first = self.pointers.at(start - 1) + self.lengths.at(start - 1) * self.dtype.itemsize if start else 0
+        if lengths.min() < 0 or np.any(self.pointers[start : start + CHUNK] != first + np.cumsum(sizes) - sizes):
             raise ValueError(
                 f"{self.idx_path}: damaged between sequences {start} and {start + len(lengths)}; "
                 f"sequences must lie end to end in the .bin; {WAY_OUT}"
             )
+
+
+class _File:
+    """A file that is read at any place, by any thread, and closed when its owner is gone."""
+
+    def __init__(self, owner: IndexedDataset, path: Path) -> None:
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(owner, os.close, self._descriptor)
+        self.size = os.fstat(self._descriptor).st_size
+        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # reading ahead is 4 KB to 8 MB a look
+
+    def read(self, offset: int, size: int) -> bytes:
+        parts, missing = [], size
+        while missing:  # one call gives 2 GB at most
+            parts.append(os.pread(self._descriptor, missing, offset + size - missing))
+            if not parts[-1]:
+                raise ValueError(f"{self._path}: ends within what was asked for; it was cut while open; {WAY_OUT}")
+            missing -= len(parts[-1])
+        return b"".join(parts)
+
+
+class StoredArray:
+    """An array in a file, of which a slice is read when it is taken."""
+
+    def __init__(self, file: _File, dtype: npt.DTypeLike, length: int, offset: int) -> None:
+        self._file, self._dtype, self._length, self._offset = file, np.dtype(dtype), length, offset
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        start, stop, step = where.indices(self._length)
+        assert step == 1, where
+        itemsize = self._dtype.itemsize
+        content = self._file.read(self._offset + start * itemsize, max(0, stop - start) * itemsize)
+        return np.frombuffer(content, self._dtype)
+
+    def at(self, index: int) -> int:
+        """An entry; from the end where `index` is negative."""
+        start = range(self._length)[index]
+        return int(self[start : start + 1][0])
 
 
 class IndexedWriter:
@@ -213,20 +256,6 @@ def _sweep(count: int, limit: int | None) -> range:
     chunks = -(-count // CHUNK)
     visited = chunks if limit is None else min(chunks, max(1, limit // CHUNK))
     return range(0, count, CHUNK * -(-chunks // visited)) if chunks else range(0)
-
-
-def _read(file: BinaryIO, dtype: type[np.generic], offset: int, start: int, count: int) -> np.ndarray:
-    """Entries from `start` of an array that lies at `offset` in the file."""
-    itemsize = np.dtype(dtype).itemsize
-    file.seek(offset + start * itemsize)
-    return np.frombuffer(file.read(count * itemsize), dtype)
-
-
-def _map(path: Path) -> mmap.mmap | bytes:
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            return b""  # an empty file cannot be mapped
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _sync_and_close(file: BinaryIO) -> None:

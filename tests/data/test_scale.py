@@ -18,7 +18,7 @@ import data.indexed
 from benchmarks.loader import write_corpus
 from data.config import CorpusConfig, DataConfig
 from data.corpus import SWEPT, check_data
-from data.indexed import CHUNK, HEADER, MAGIC, VERSION, IndexedDataset, _sweep
+from data.indexed import CHUNK, HEADER, MAGIC, VERSION, IndexedDataset, StoredArray, _sweep
 from data.loader import Batch, Loader, Rows, open_rows
 from data.order import Blend, Permutation
 
@@ -69,7 +69,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @contextmanager
 def counted() -> Iterator[Work]:
-    """Counts rows and tokens read, samples located, places permuted, and entries of the index, looked up or swept; ends
+    """Counts rows and tokens read, samples located, places permuted, documents sought, and entries read of files; ends
     what goes through the samples consumed, which may take hours."""
     work: Work = Counter()
     with pytest.MonkeyPatch.context() as patch:
@@ -87,7 +87,7 @@ def counted() -> Iterator[Work]:
         count(Rows, "__getitem__", "rows")
         count(IndexedDataset, "tokens", "tokens", lambda dataset, start, stop: min(stop, dataset.num_tokens) - start)
         count(IndexedDataset, "_start", "looked up")
-        count(data.indexed, "_read", "swept", lambda *arguments: arguments[-1])
+        count(StoredArray, "__getitem__", "read", lambda array, where: len(range(*where.indices(len(array)))))
         count(Blend, "locate", "located")
         count(Permutation, "__call__", "permuted", lambda _, indices: len(indices))
         yield work
@@ -123,15 +123,18 @@ def test_a_start_and_its_steps_do_the_work_of_a_small_corpus(small: str, large: 
     # A row's two ends are sought by halving: 1000 times the documents are ten more looks at each.
     halvings = BILLION.bit_length() - CHUNK.bit_length()
     assert of_large["looked up"] <= of_small["looked up"] + ROWS * 2 * (halvings + 2)
-    assert of_small["swept"] >= 3 * CHUNK, "a small index is looked at whole"
-    assert of_large["swept"] <= 3 * SWEPT + SWEPT // CHUNK, "a large one at equal distances"
+    assert of_small["read"] > of_small["tokens"] + 3 * CHUNK, "a small index is looked at whole"
+    chunks = SWEPT // CHUNK
+    of_sweep = 3 * SWEPT + 4 * chunks  # at equal distances
+    assert of_large["read"] <= of_large["tokens"] + of_sweep + 2 * of_large["looked up"] + 8 * ROWS
 
 
 def test_ranks_that_do_not_sweep_look_at_a_few_entries(large: str) -> None:
     with counted() as work:
         check_data(config_of(large), vocab_size=512, validation=False, sweep=False)
         open_loader(config_of(large))
-    assert work["swept"] == work["looked up"] == work["rows"] == 0
+    assert work["looked up"] == work["rows"] == 0
+    assert work["read"] == 2**20 + 4, "the first tokens, and each time it is opened where the last sequence ends"
 
 
 @pytest.mark.parametrize("consumed", [BATCH, 5000 * BATCH, 10**7 * BATCH])
@@ -142,14 +145,15 @@ def test_a_resume_does_the_work_of_a_start(small: str, large: str, consumed: int
         for samples in (0, consumed):
             with counted() as work:
                 loader = open_loader(config_of(*paths))
-                assert not work, "nothing is read before it is asked for"
+                assert work == {"read": 2 * len(paths)}, "where the last sequence ends, and nothing more"
                 next(loader.batches(samples))
             works.append(work)
         start, resume = works
         assert start["rows"] == ROWS // STEPS
         looked_up = resume.pop("looked up")
         assert looked_up <= ROWS // STEPS * 2 * (BILLION.bit_length() + 1), "two halvings a row"
-        start.pop("looked up")
+        assert resume.pop("read") <= resume["tokens"] + 2 * looked_up + 8 * ROWS
+        del start["looked up"], start["read"]
         assert resume == start, (paths, consumed)
 
 
@@ -162,12 +166,6 @@ def test_a_resume_gives_the_samples_that_come_next(small: str, tmp_path: Path) -
     for ours, theirs in zip(whole[1], resumed[0], strict=True):
         assert (ours.input_ids == theirs.input_ids).all()
         assert (ours.positions == theirs.positions).all()
-
-
-def mapped(prefix: str) -> float:
-    """MB of a pair's files that this process has in its maps: what it touched, and the pages around it."""
-    maps = psutil.Process().memory_maps()
-    return sum(one.rss for one in maps if one.path in (f"{prefix}.bin", f"{prefix}.idx")) / 1e6
 
 
 def traced(config: DataConfig, consumed: int) -> float:
@@ -191,11 +189,14 @@ def test_memory_does_not_grow_with_the_corpus(small: str, large: str) -> None:
 
 
 def test_pages_of_a_large_index_do_not_stay(large: str) -> None:
-    """Of 20 GB, which a map would show as resident memory of the process."""
+    """Of 20 GB: a map would show as resident memory of the process what it touched, and what was read ahead."""
+    process = psutil.Process()
+    before = process.memory_info().rss
     check_data(config_of(large), vocab_size=512, validation=False)
     loader = open_loader(config_of(large))
     list(islice(loader.batches(0), 20))
-    assert 0 < mapped(large) < 64
+    assert process.memory_info().rss - before < 64e6
+    assert not [one.path for one in process.memory_maps() if one.path.startswith(large)]
 
 
 def test_any_row_of_a_trillion_tokens_is_reached(tmp_path: Path) -> None:
