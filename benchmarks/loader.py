@@ -42,7 +42,7 @@ class Figures:
         check_ms: opening and checking the corpus, as the lead does.
         first_step_ms: from there to the first step's rows of one rank.
         step_ms, tokens_per_second: of one rank's later steps, ROWS rows of LENGTH tokens each.
-        peak_mb: how much more memory the process had resident at its peak than before, mapped pages included.
+        peak_mb: how much more memory the process had resident at its peak than before.
         anonymous_mb: of that, what it still has at the end and could not give back.
     """
 

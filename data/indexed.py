@@ -40,7 +40,7 @@ class IndexedDataset:
         for path in (self.bin_path, self.idx_path):
             if not path.is_file():
                 raise ValueError(f"{path}: missing; PREFIX.bin and PREFIX.idx must both be there; {WAY_OUT}")
-        index, tokens = _File(self, self.idx_path), _File(self, self.bin_path)
+        index, tokens = _File(self.idx_path), _File(self.bin_path)
         if index.size < HEADER.size:
             raise ValueError(f"{self.idx_path}: {index.size} bytes; its header alone takes {HEADER.size}; {WAY_OUT}")
         magic, version, code, num_sequences, num_offsets = HEADER.unpack(index.read(0, HEADER.size))
@@ -132,12 +132,12 @@ class IndexedDataset:
 
 
 class _File:
-    """A file that is read at any place, by any thread, and closed when its owner is gone."""
+    """A file that is read at any place, by any thread, and closed when nobody has it any more."""
 
-    def __init__(self, owner: IndexedDataset, path: Path) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor = os.open(path, os.O_RDONLY)
-        weakref.finalize(owner, os.close, self._descriptor)
+        weakref.finalize(self, os.close, self._descriptor).atexit = False  # a thread may read until the end
         self.size = os.fstat(self._descriptor).st_size
         os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # reading ahead is 4 KB to 8 MB a look
 

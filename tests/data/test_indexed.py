@@ -3,6 +3,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from data.indexed import IndexedDataset, IndexedWriter
@@ -137,3 +138,34 @@ def test_an_empty_pair_is_read(tmp_path: Path) -> None:
     dataset = IndexedDataset(tmp_path / "empty")
     dataset.verify()
     assert (dataset.num_tokens, len(dataset)) == (0, 0)
+
+
+def test_a_file_cut_while_it_is_open_is_named(tmp_path: Path) -> None:
+    write_as_megatron(tmp_path / "foreign", DOCUMENTS, 8, "H")
+    dataset = IndexedDataset(tmp_path / "foreign")
+    os.truncate(tmp_path / "foreign.bin", 4)
+    with pytest.raises(ValueError, match=r"foreign\.bin: ends within what was asked for; it was cut while open; copy"):
+        dataset.tokens(0, dataset.num_tokens)
+
+
+def test_what_one_call_does_not_give_the_next_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_as_megatron(tmp_path / "foreign", DOCUMENTS, 8, "H")
+    whole = IndexedDataset(tmp_path / "foreign")
+    expected, pread = whole.tokens(0, whole.num_tokens).tolist(), os.pread
+    monkeypatch.setattr(os, "pread", lambda descriptor, size, offset: pread(descriptor, min(size, 3), offset))
+    assert whole.tokens(0, whole.num_tokens).tolist() == expected
+
+
+def test_files_are_closed_with_the_dataset(tmp_path: Path) -> None:
+    write_as_megatron(tmp_path / "foreign", DOCUMENTS, 8, "H")
+
+    def opened() -> list[str]:
+        return [one.path for one in psutil.Process().open_files() if "foreign" in one.path]
+
+    dataset = IndexedDataset(tmp_path / "foreign")
+    lengths = dataset.lengths
+    assert len(opened()) == 2
+    del dataset
+    assert lengths[:].tolist() == IndexedDataset(tmp_path / "foreign").lengths[:].tolist()
+    del lengths
+    assert opened() == []
