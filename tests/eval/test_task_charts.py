@@ -53,7 +53,8 @@ def test_the_page_shows_maps_curves_and_figures(run: Path) -> None:
         "a line a depth, a column a length"
     )
     assert re.findall(r"<th>([\d,]+)</th>", section) == ["1,024", "65,536"]
-    assert '<td class="number">0.6250</td><td class="number">350</td><td>results.json of 2026-11-23</td>' in section
+    assert '<td class="number">0.6250</td><td class="number">350</td>' in section
+    assert '<td title="results.json of 2026-11-23">results.json</td>' in section
     assert "step 350, results.json of 2026-11-23; nats" in section
     assert 'aria-label="length_extrapolation: loss by position"' in section
     assert "var(--validation)" in section, "the curve of the windows"
