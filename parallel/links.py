@@ -99,9 +99,8 @@ def attempted(action: Callable[[], float], seconds: float) -> tuple[float | None
     thread.join(seconds)
     if results:
         return results[0], None
-    return None, errors[
-        0
-    ] if errors else f"nothing came through in {seconds:.0f} s; NCCL_DEBUG=INFO says where it waits"
+    silence = f"nothing came through in {seconds:.0f} s; NCCL_DEBUG=INFO says where it waits"
+    return None, errors[0] if errors else silence
 
 
 def ring_rounds(nodes: Sequence[str]) -> list[list[Nodes]]:
