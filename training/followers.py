@@ -2,18 +2,20 @@
 
 The checkpoint's path is added to the command's end; the environment's word on the Slurm job at hand is kept from it.
 Checkpoints that a command was started for are listed in `RUN/followed.txt`, so that whoever is started again, or
-beside another, starts none twice. Runs until it is ended, or with --once looks once.
+beside another, starts none twice; one that is saved anew, after the run went back, is another. Runs until it is ended,
+or with --once looks once.
 """
 
 import argparse
 import fcntl
+import hashlib
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from models.checkpoint import list_checkpoints
+from models.checkpoint import MANIFEST, list_checkpoints
 from training.jobs import environment_outside
 
 FOLLOWED = "followed.txt"
@@ -31,11 +33,12 @@ def follow(run: Path, start: Callable[[Path], None]) -> list[Path]:
     with (run / FOLLOWED).open("a+") as listed:
         fcntl.flock(listed, fcntl.LOCK_EX)
         listed.seek(0)
-        known = set(listed.read().split())
+        known = set(listed.read().splitlines())
         for path in list_checkpoints(checkpoints):
-            if path.name not in known:
+            content = hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()[:12]
+            if (line := f"{path.name} {content}") not in known:
                 start(path)
-                listed.write(f"{path.name}\n")
+                listed.write(f"{line}\n")
                 listed.flush()
                 started.append(path)
     return started

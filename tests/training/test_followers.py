@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from models.checkpoint import MANIFEST
 from training.followers import FOLLOWED, follow, main
 
 
-def make(run: Path, *steps: int) -> None:
+def make(run: Path, *steps: int, content: str = "") -> None:
     for step in steps:
-        (run / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+        path = run / "checkpoints" / f"step_{step:08d}"
+        path.mkdir(parents=True, exist_ok=True)
+        (path / MANIFEST).write_text(content)
 
 
 class Starts:
@@ -31,7 +34,8 @@ class Starts:
 
 
 def listed(run: Path) -> list[int]:
-    return [int(name.removeprefix("step_")) for name in (run / FOLLOWED).read_text().split()]
+    lines = (run / FOLLOWED).read_text().splitlines()
+    return [int(line.split()[0].removeprefix("step_")) for line in lines]
 
 
 def test_a_run_that_is_not_there_yet_has_no_followers(tmp_path: Path) -> None:
@@ -53,6 +57,8 @@ def test_each_is_followed_once_and_oldest_first(tmp_path: Path) -> None:
     assert [path.name for path in follow(tmp_path, start)] == ["step_00000025"]
     assert follow(tmp_path, start) == []
     assert start.steps[4:] == [25]
+    make(tmp_path, 30, content="saved again after the run went back")
+    assert [path.name for path in follow(tmp_path, start)] == ["step_00000030"]
 
 
 def test_one_that_fails_is_not_listed_and_tried_again_before_those_after_it(tmp_path: Path) -> None:
