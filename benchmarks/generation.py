@@ -11,7 +11,6 @@ it grows.
 """
 
 import argparse
-import datetime
 import json
 import statistics
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.heading import heading
 from benchmarks.measure import timed
 from eval.generate import prefill, state_bytes
 from models.config import ModelConfig
@@ -32,7 +32,6 @@ from models.mixers.hgrn2 import HGRN2Config
 from models.mixers.paralstm import ParaLSTMConfig
 from models.mixers.rglru import RGLRUConfig
 from models.mlp import MLPConfig
-from training.environment import describe_environment
 
 STACKS = {
     "attention": ("attention",),
@@ -181,8 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures = measure(args, device)
     if args.output is not None:
         record = {
-            "date": datetime.date.today().isoformat(),
-            "environment": describe_environment({}),
+            **heading(),
             "settings": {key: getattr(args, key) for key in ("width", "depth", "window", "rounds")},
             "figures": [asdict(row) for row in figures],
         }

@@ -6,7 +6,6 @@ figure is the median of processes of their own, which find the files out of the 
 """
 
 import argparse
-import datetime
 import json
 import os
 import tempfile
@@ -22,11 +21,11 @@ from statistics import median
 
 import numpy as np
 
+from benchmarks.heading import heading
 from data.config import CorpusConfig, DataConfig
 from data.corpus import check_data
 from data.indexed import CHUNK, HEADER, MAGIC, VERSION
 from data.loader import Loader
-from training.environment import describe_environment
 
 DOCUMENT = 1000
 ROWS, LENGTH, RANKS = 8, 4096, 8
@@ -151,8 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(describe(one))
     if args.output is not None:
         record = {
-            "date": datetime.date.today().isoformat(),
-            "environment": describe_environment({}),
+            **heading(),
             "settings": {"document": DOCUMENT, "rows": ROWS, "length": LENGTH, "steps": STEPS, "rounds": args.rounds},
             "figures": [asdict(one) for one in figures],
         }

@@ -14,7 +14,6 @@ one large matrix product, exp in cache.
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from training.environment import describe_environment
+from benchmarks.heading import heading
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -90,12 +89,8 @@ def describe(row: "Row") -> str:
 
 
 def record(rows: list["Row"], machine: "Machine") -> dict[str, Any]:
-    environment = describe_environment({"world_size": 1})
-    kept = {key: environment[key] for key in ("python", "platform", "packages", "device", "cuda", "git_revision")}
-    date = datetime.date.today().isoformat()
     return {
-        "date": date,
-        **kept,
+        **heading(),
         "machine": dataclasses.asdict(machine),
         "results": [dataclasses.asdict(row) for row in rows],
     }

@@ -11,7 +11,6 @@ contenders checkpoint every block, as 128k tokens of one row do not fit otherwis
 """
 
 import argparse
-import datetime
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.heading import heading
 from benchmarks.measure import timed
 from configs.schema import load_config
 from models.config import ModelConfig
@@ -36,7 +36,7 @@ from ops.impl import IMPLEMENTATIONS
 from parallel.compiled import compile_blocks
 from parallel.config import ParallelConfig
 from parallel.recompute import checkpoint_blocks
-from training.environment import describe_environment, peak_flops
+from training.environment import peak_flops
 
 PRESETS = {
     "griffin": "configs/griffin_1b.yaml",
@@ -274,12 +274,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     scale = REHEARSAL if args.rehearse else FULL
     figures = [row for family in args.families for row in compare(family, args.impl, scale, device, args.compile)]
     if args.output is not None:
-        environment = describe_environment({"world_size": 1})
-        kept = {key: environment[key] for key in ("python", "platform", "packages", "device", "cuda", "git_revision")}
         record = {
-            "date": datetime.date.today().isoformat(),
+            **heading(),
             "compiled": args.compile,
-            **kept,
             "results": [asdict(row) for row in figures],
         }
         args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
