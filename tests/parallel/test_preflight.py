@@ -12,13 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel import preflight
 from parallel.axes import Axis
-from parallel.findings import Findings, RankReport, absent, describe, judge
 from parallel.grid import Grid
-from parallel.links import Links, ring_rounds
-from parallel.meeting import Meeting
-from parallel.preflight import check_shared, look_at_others, look_at_own, main, tell
+from parallel.preflight import look as looking
+from parallel.preflight.__main__ import main, tell
+from parallel.preflight.findings import Findings, RankReport, absent, describe, judge
+from parallel.preflight.links import Links, ring_rounds
+from parallel.preflight.look import check_shared, look_at_others, look_at_own
+from parallel.preflight.meeting import Meeting
 from training.supervise import supervise
 
 SOFTWARE = {"torch": "2.13.0", "git revision": "abc"}
@@ -183,7 +184,7 @@ def test_a_missing_gpu_is_found_before_the_ranks_join(
         monkeypatch.setenv("SLURM_GPUS_ON_NODE", given)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
-    monkeypatch.setattr(preflight, "matmul_speed", lambda device: 1e12)
+    monkeypatch.setattr(looking, "matmul_speed", lambda device: 1e12)
     assert look_at_own().problem == said
 
 
@@ -207,7 +208,7 @@ def test_ranks_that_do_not_fit_the_gpus_are_no_fault_of_the_node(
         monkeypatch.setenv("SLURM_GPUS_ON_NODE", given)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
-    monkeypatch.setattr(preflight, "matmul_speed", lambda device: 1e12)
+    monkeypatch.setattr(looking, "matmul_speed", lambda device: 1e12)
     own = look_at_own()
     assert own.problem is None
     assert str(own.asked).startswith(str(said))
@@ -221,15 +222,15 @@ def test_a_device_that_fails_or_is_in_use_is_a_problem_of_its_node(
         raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nmore")
 
     monkeypatch.setenv("SLURMD_NODENAME", "n7")
-    monkeypatch.setattr(preflight, "matmul_speed", fail)
+    monkeypatch.setattr(looking, "matmul_speed", fail)
     report = tmp_path / "found.json"
     assert main(["--directory", str(tmp_path), "--report", str(report), "--cpu"]) == 1
     assert json.loads(report.read_text())["bad"] == {"n7": ["cpu: CUDA error: uncorrectable ECC error encountered"]}
     assert "n7: cpu: CUDA error: uncorrectable ECC error encountered; leave the node out" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30e9, 80e9))
-    assert preflight._occupied(torch.device("cpu")) is None
+    assert looking._occupied(torch.device("cpu")) is None
     said = "cuda:0 has 30 of 80 GB free: another process holds the rest"
-    assert preflight._occupied(torch.device("cuda", 0)) == said
+    assert looking._occupied(torch.device("cuda", 0)) == said
 
 
 def report_of(node: str) -> RankReport:
@@ -281,7 +282,7 @@ def cut_off(grid: Grid, directory: str, nodes: list[str]) -> tuple[RankReport, L
         return 1e9
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("parallel.links.all_reduce_speed", speed)
+        patch.setattr("parallel.preflight.links.all_reduce_speed", speed)
         return look(grid, [directory] * grid.world_size, nodes, seconds=4.0)
 
 
@@ -310,7 +311,7 @@ def test_ranks_that_do_not_join_are_named(tmp_path: Path, monkeypatch: pytest.Mo
         raise RuntimeError("Gloo connectFullMesh failed with timeout\nmore")
 
     monkeypatch.setenv("SLURMD_NODENAME", "n7")
-    monkeypatch.setattr(preflight, "init_distributed", fail)
+    monkeypatch.setattr(looking, "init_distributed", fail)
     report = tmp_path / "found.json"
     assert main(["--directory", str(tmp_path), "--report", str(report), "--cpu"]) == 1
     said = "no process group with the others: Gloo connectFullMesh failed with timeout"

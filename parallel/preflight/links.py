@@ -9,8 +9,8 @@ import torch
 
 from parallel.axes import Axis, make_groups
 from parallel.grid import Grid
-from parallel.meeting import Meeting
-from parallel.speed import all_reduce_speed
+from parallel.preflight.meeting import Meeting
+from parallel.preflight.speed import all_reduce_speed
 
 Nodes = tuple[str, ...]
 """One node, whose own ranks talk, or two neighbours."""
