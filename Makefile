@@ -38,8 +38,9 @@ $(VENV)/.dev: $(VENV)/.run
 demo: $(VENV)/.run
 	$(PY) -m eval.demo
 
-# Two processes, a file of tests at a time: what a file sets up once stays in one process.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+# Two processes, a file of tests at a time: what a file sets up once stays in one process. In the order of
+# tests/conftest.py, where xdist would have files of many tests first.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(PYTEST)

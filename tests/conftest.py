@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,22 @@ if not torch.cuda.is_available():  # read where kernels are defined, so before a
     os.environ["TRITON_INTERPRET"] = "1"
 
 from tests.parallel.launch import Ranks
+
+
+LONGEST = (
+    "slurm/test_scripts.py",
+    "test_train.py",
+    "faults/test_faults.py",
+    "test_health.py",
+    "models/test_delta_oracles.py",
+)
+"""Files that take a minute and more, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """They begin, so that of two processes none has one left to itself when the other is done."""
+    first = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path, len(first)))
 
 
 @pytest.fixture(scope="session")

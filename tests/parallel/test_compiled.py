@@ -77,12 +77,13 @@ def curves(grid: Grid, split: Split, backend: Any, **parallel: Any) -> list[Curv
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("split", "parallel"),
     [
         (Split(2), {"activation_checkpointing": "full"}),
-        pytest.param(Split(sequence=2), {}, marks=pytest.mark.slow),
-        pytest.param(Split(zero=2), {"activation_checkpointing": "full"}, marks=pytest.mark.slow),
+        (Split(sequence=2), {}),
+        (Split(zero=2), {"activation_checkpointing": "full"}),
     ],
     ids=str,
 )

@@ -21,7 +21,8 @@ from tests.parallel.plans import planner_of
 FULL: dict[str, Any] = {"activation_checkpointing": "full"}
 Case = tuple[Split, dict[str, Any]]
 STAGED, PLAIN = Split(2, num_microbatches=4), Split(num_microbatches=2)
-CASES: list[Case] = [(STAGED, {}), (STAGED, FULL), (PLAIN, FULL), (PLAIN._replace(zero=3), FULL)]
+CASES: list[Case] = [(STAGED, FULL), (PLAIN._replace(zero=3), FULL)]
+MORE: list[Case] = [(STAGED, {}), (PLAIN, FULL)]
 
 
 class Copies(TorchDispatchMode):
@@ -65,7 +66,7 @@ def planned(case: Case) -> list[float]:
         return [found._copies(rank % split.pipeline) / 2 for rank in range(2)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)], ids=str)
 def test_a_step_makes_one_of_each_weight(ranks: Any, case: Case) -> None:
     split, _ = case
     wanted = [None] * 2 if split.zero == 3 else planned(case)
