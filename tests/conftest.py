@@ -12,7 +12,6 @@ if not torch.cuda.is_available():  # read where kernels are defined, so before a
 
 from tests.parallel.launch import Ranks
 
-
 LONGEST = (
     "slurm/test_scripts.py",
     "test_train.py",
