@@ -143,11 +143,16 @@ def choose_tasks(
 
 
 def default_output(model: Path) -> Path:
-    """results.json in a run or Hugging Face directory; beside a checkpoint, whose files are sealed."""
-    if (model / META).is_file():
-        model = model.resolve()
+    """results.json in a run or Hugging Face directory; of a checkpoint, whose files are sealed, a file with its name in
+    the run's evaluations/, which is made, or beside it where it is no run's."""
+    if not (model / META).is_file():
+        return model / "results.json"
+    model = model.resolve()
+    if model.parent.name != "checkpoints":
         return model.with_name(f"{model.name}.results.json")
-    return model / "results.json"
+    evaluations = model.parent.parent / "evaluations"
+    evaluations.mkdir(exist_ok=True)
+    return evaluations / f"{model.name}.json"
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -192,7 +197,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--tasks", type=lambda text: [name for name in text.split(",") if name], metavar="A,B", help="names (--list)")
     add("--set", action="append", default=[], metavar="TASK.KEY=VALUE", help="a setting of a task of this tree")
     add("--include", type=Path, metavar="DIR", help="directory of further lm-eval task YAML files")
-    add("--output", type=Path, metavar="FILE", help="where results go; results.json in MODEL, or beside a checkpoint")
+    add(
+        "--output", type=Path, metavar="FILE", help="where results go; RUN/evaluations/STEP.json, or MODEL/results.json"
+    )
     add("--batch-size", type=int, default=8, metavar="N", help="rows at a time; changes speed, not scores (8)")
     add("--num-fewshot", type=int, metavar="N", help="examples before each question of lm-eval's tasks")
     add("--limit", type=int, metavar="N", help="take only N examples of each of lm-eval's tasks")

@@ -1,7 +1,7 @@
 """What tasks found of a run's models, wherever it was written.
 
-While it trained, in metrics.jsonl; and since, by `python -m eval`: in evaluations/ (`slurm/eval.sbatch`), beside the
-checkpoint that was named, or in results.json where the run was. A reader of several runs or of one asks here alone.
+While it trained, in metrics.jsonl; and since, by `python -m eval`: in evaluations/ where a checkpoint was named, in
+results.json where the run was. A reader of several runs or of one asks here alone.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from models.checkpoint import MANIFEST, checkpoint_name
 PREFIX = "task/"
 """Of the keys of metrics.jsonl that hold what tasks found: task/NAME/METRIC."""
 
-PLACES = ("evaluations/*.json", "checkpoints/*.results.json", "results.json")
+PLACES = ("evaluations/*.json", "results.json")
 """Where the files of `python -m eval` lie in a run directory."""
 
 Left = tuple[int, int]

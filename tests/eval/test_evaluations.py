@@ -60,9 +60,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text.write_text("Licensed under the Apache License.")
     asked = ["--tasks", "bits_per_byte", "--set", f"bits_per_byte.path={text}", "--device", "cpu"]
     checkpoint = run / "checkpoints" / checkpoint_name(150)
-    (run / "evaluations").mkdir()
-    beside = ["--output", str(run / "evaluations" / f"{checkpoint.name}.json")]
-    for arguments in ([checkpoint, *asked, *beside], [checkpoint, *asked], [run, *asked]):
+    for arguments in ([checkpoint, *asked], [run, *asked]):
         assert evaluate([str(argument) for argument in arguments]) == 0
     return run
 
@@ -70,9 +68,9 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_the_command_writes_is_found_in_every_place(evaluated: Path) -> None:
     run = read_run(evaluated)
     assert run.notes == ()
-    assert [(one.step, one.in_training) for one in run.evaluations] == [(150, False)] * 3
+    assert [(one.step, one.in_training) for one in run.evaluations] == [(150, False)] * 2
     sources = sorted(one.source.split(" of ")[0] for one in run.evaluations)
-    assert sources == ["checkpoints/step_00000150.results.json", "evaluations/step_00000150.json", "results.json"]
+    assert sources == ["evaluations/step_00000150.json", "results.json"]
     assert len({one.results["bits_per_byte"]["bits_per_byte"] for one in run.evaluations}) == 1
     assert run.evaluations[0].settings["bits_per_byte"]["path"].endswith("text.txt")
 

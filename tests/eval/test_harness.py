@@ -217,7 +217,7 @@ def test_command_takes_both_kinds_of_tasks_and_keeps_answers(
     assert main([*again, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["results"]
     assert found == {name: record["results"][name] for name in NAMES}
-    assert (run / "checkpoints" / "step_00000020.results.json").is_file()
+    assert (run / "evaluations" / "step_00000020.json").is_file()
 
 
 @pytest.mark.parametrize(
