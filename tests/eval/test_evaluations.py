@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from data.tokenizer import Tokenizer
+from eval.__main__ import default_output
 from eval.__main__ import main as evaluate
 from eval.evaluations import Evaluation, read_evaluations
 from eval.report import main as report
 from eval.run_record import read_run
-from models.checkpoint import MANIFEST, checkpoint_name
+from models.checkpoint import MANIFEST, META, checkpoint_name
 from tests.eval.recorded import record_run, training_row, write_metrics
 from tests.models.griffin import griffin, griffin_config, write_run
 
@@ -73,6 +74,14 @@ def test_what_the_command_writes_is_found_in_every_place(evaluated: Path) -> Non
     assert sources == ["evaluations/step_00000150.json", "results.json"]
     assert len({one.results["bits_per_byte"]["bits_per_byte"] for one in run.evaluations}) == 1
     assert run.evaluations[0].settings["bits_per_byte"]["path"].endswith("text.txt")
+
+
+def test_a_checkpoint_that_is_no_runs_has_them_beside_it(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "kept"
+    checkpoint.mkdir()
+    (checkpoint / META).touch()
+    assert default_output(checkpoint) == tmp_path / "kept.results.json"
+    assert list(tmp_path.iterdir()) == [checkpoint]
 
 
 def test_both_pages_show_it(evaluated: Path) -> None:
