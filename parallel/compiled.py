@@ -19,7 +19,6 @@ from ops import Layout
 GRAPHS = 64
 """Of one function, at most; torch's own limit of 8 is less than the kinds of some stacks."""
 
-
 BACKEND = "inductor"
 
 COMPILERS = {"cpu": ("g++", "clang++", "c++"), "cuda": ("gcc", "clang", "cc")}
