@@ -57,7 +57,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if not options.model.is_dir():
         raise ValueError(f"{options.model}: no such directory; name a run, a checkpoint or a Hugging Face directory")
     output = options.output or default_output(options.model)
-    if not output.parent.is_dir():
+    if options.output is not None and not output.parent.is_dir():
         raise ValueError(f"--output: {output}; its directory must exist")
     from eval.open_model import open_model
 
@@ -83,6 +83,7 @@ def evaluate(options: argparse.Namespace) -> None:
         | {"num_fewshot": options.num_fewshot, "limit": options.limit, "seed": options.seed},
         "results": results,
     }
+    output.parent.mkdir(exist_ok=True)
     unfinished = output.with_name(f".{output.name}.{os.getpid()}")
     unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(output)
@@ -144,15 +145,13 @@ def choose_tasks(
 
 def default_output(model: Path) -> Path:
     """results.json in a run or Hugging Face directory; of a checkpoint, whose files are sealed, a file with its name in
-    the run's evaluations/, which is made, or beside it where it is no run's."""
+    the run's evaluations/, or beside it where it is no run's."""
     if not (model / META).is_file():
         return model / "results.json"
     model = model.resolve()
     if model.parent.name != "checkpoints":
         return model.with_name(f"{model.name}.results.json")
-    evaluations = model.parent.parent / "evaluations"
-    evaluations.mkdir(exist_ok=True)
-    return evaluations / f"{model.name}.json"
+    return model.parent.parent / "evaluations" / f"{model.name}.json"
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

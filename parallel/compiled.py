@@ -30,6 +30,9 @@ def compile_blocks(model: LM, device_type: str) -> None:
 
     Evaluation and generation run as before, as they would be compiled anew for shapes of their own.
 
+    Args:
+        device_type: where it runs; on the meta device nothing does, and nothing is needed.
+
     Raises:
         ValueError: there is no compiler on this machine.
     """

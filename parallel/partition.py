@@ -118,7 +118,7 @@ def cut_model(
     keep_stage(model, stages, pipeline.index)
     if parallel is not None:
         if parallel.compile:
-            compile_blocks(model, device_type or grid.device.type)
+            compile_blocks(model, grid.device.type)
         checkpoint_blocks(model, parallel)
     return model, blueprint, partition, summed
 

@@ -70,8 +70,12 @@ def test_what_a_start_refuses_is_refused(
     assert captured.out == ""
 
 
-def test_kernels_of_another_machine_may_be_asked_for(tmp_path: Path) -> None:
-    assert main([*START, f"log.directory={tmp_path}", "--ranks", "1", "model.impl.linear_scan=triton"]) == 0
+def test_kernels_and_a_compiler_of_another_machine_may_be_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    asked = ["model.impl.linear_scan=triton", "parallel.compile=true"]
+    assert main([*START, f"log.directory={tmp_path}", "--ranks", "1", *asked]) == 0
 
 
 def test_all_that_a_start_refuses_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Compiled blocks: the same losses and gradients, as many graphs for few blocks as for many, beside other axes."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -19,6 +20,14 @@ from tests.parallel.mixed import TIME, config_of, loss_of
 SOME = ("hgrn2", "rglru", "hgrn2")
 """HGRN2's second layer asks for its lower bound, the first has none."""
 EVERY = (*SOME, "gated_deltanet", "paralstm", "local_attention", "attention")
+
+
+@pytest.fixture(autouse=True)
+def own_compiler() -> Iterator[None]:
+    """What is compiled and set here is nobody else's."""
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        yield
+    torch.compiler.reset()
 
 
 class Counting:

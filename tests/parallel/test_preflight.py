@@ -168,6 +168,16 @@ def test_the_first_rank_waits_once_for_those_that_never_answer() -> None:
     assert [one.hear("found", value) for one, value in ((first, [1]), (third, "not looked at"))] == [[1], [1]]
 
 
+def be_node(monkeypatch: pytest.MonkeyPatch, given: str | None, seen: int, ranks: str) -> None:
+    """Slurm gave so many GPUs or said nothing, torch sees so many, for so many ranks."""
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    if given is not None:
+        monkeypatch.setenv("SLURM_GPUS_ON_NODE", given)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setattr(looking, "matmul_speed", lambda device: 1e12)
+
+
 @pytest.mark.parametrize(
     ("given", "seen", "ranks", "said"),
     [
@@ -177,14 +187,9 @@ def test_the_first_rank_waits_once_for_those_that_never_answer() -> None:
     ],
 )
 def test_a_missing_gpu_is_found_before_the_ranks_join(
-    given: str | None, seen: int, ranks: str, said: str | None, monkeypatch: pytest.MonkeyPatch
+    given: str, seen: int, ranks: str, said: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
-    if given is not None:
-        monkeypatch.setenv("SLURM_GPUS_ON_NODE", given)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
-    monkeypatch.setattr(looking, "matmul_speed", lambda device: 1e12)
+    be_node(monkeypatch, given, seen, ranks)
     assert look_at_own().problem == said
 
 
@@ -203,12 +208,7 @@ def test_a_missing_gpu_is_found_before_the_ranks_join(
 def test_ranks_that_do_not_fit_the_gpus_are_no_fault_of_the_node(
     given: str | None, seen: int, ranks: str, said: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
-    if given is not None:
-        monkeypatch.setenv("SLURM_GPUS_ON_NODE", given)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
-    monkeypatch.setattr(looking, "matmul_speed", lambda device: 1e12)
+    be_node(monkeypatch, given, seen, ranks)
     own = look_at_own()
     assert own.problem is None
     assert str(own.asked).startswith(str(said))
