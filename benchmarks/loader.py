@@ -1,7 +1,7 @@
 """What a corpus of N tokens costs a run's start, its steps and a resume: `python -m benchmarks.loader`.
 
 The .idx are whole, of documents of 1000 tokens: 20 GB for 10^12 tokens, which a temporary directory (TMPDIR) holds.
-The .bin are sparse files of zeros: the loader maps and addresses them as any other, and the disk keeps nothing. Each
+The .bin are sparse files of zeros: the loader reads them as any other, and the disk keeps nothing. Each
 figure is the median of processes of their own, which find the files out of the page cache.
 """
 

@@ -98,6 +98,9 @@ class Estimate:
         )
         self.checkpointed = checkpointed_blocks(blocks.config.layers, split)
         self.keeps_copies = split.zero_stage < 3  # of weights, for all passes of a step (`Engine`)
+        zero = self._zero = split.engine.get("zero_optimization", {})
+        self._bucket = int(zero.get("reduce_bucket_size", REDUCE_BUCKET_SIZE))
+        self._persistent = int(zero.get("stage3_param_persistence_threshold", PERSISTENT))
 
     @property
     def stream_bytes(self) -> int:
@@ -107,8 +110,7 @@ class Estimate:
 
     def state(self, stage: int, index: int = 0) -> StateBytes:
         """What rank `index` of those that share the state of `stage` holds of its parameters."""
-        split = self.arrangement.parallel
-        zero = split.engine.get("zero_optimization", {})
+        split, zero = self.arrangement.parallel, self._zero
         return self.blocks.state(
             self.stages.names[stage],
             split.tensor,
@@ -117,7 +119,7 @@ class Estimate:
             index=index,
             accumulates=self.arrangement.num_microbatches > 1,
             bucket=self._bucket * (2 if zero.get("overlap_comm") else 1),
-            persistent=int(zero.get("stage3_param_persistence_threshold", PERSISTENT)),
+            persistent=self._persistent,
             offloads=frozenset(
                 what for what, key in (("optimizer", "offload_optimizer"), ("weights", "offload_param")) if key in zero
             ),
@@ -242,8 +244,7 @@ class Estimate:
         """What DeepSpeed sends in a step besides, by axis and operation: gradients, and the weights that ZeRO cuts.
         Calls are the fewest that its buckets allow."""
         split, count = self.arrangement.parallel, self.arrangement.num_microbatches
-        held, ranks = self.state(stage), self.arrangement.replicas
-        zero = split.engine.get("zero_optimization", {})
+        held, ranks, zero = self.state(stage), self.arrangement.replicas, self._zero
         found: dict[tuple[str, str], Volume] = {}
         buckets = -(-held.entries // max(1, self._bucket))
         if ranks > 1 and split.zero_stage < 3:
@@ -255,7 +256,7 @@ class Estimate:
             a_pass, once = self.blocks.handed_out(
                 split.tensor,
                 ranks,
-                int(zero.get("stage3_param_persistence_threshold", PERSISTENT)),
+                self._persistent,
                 int(zero.get("stage3_max_reuse_distance", MAX_REUSE_DISTANCE)),
             )
             ahead = int(zero.get("stage3_prefetch_bucket_size", PREFETCHED))
@@ -265,12 +266,6 @@ class Estimate:
         if tied := self.blocks.tied(self.stages, stage, split.tensor):
             found["pipeline", "all_reduce"] = Volume(1, WORD * tied)
         return found
-
-    @property
-    def _bucket(self) -> int:
-        """Entries of gradients that are reduced at once."""
-        zero = self.arrangement.parallel.engine.get("zero_optimization", {})
-        return int(zero.get("reduce_bucket_size", REDUCE_BUCKET_SIZE))
 
     @cached_property
     def slowest(self) -> int:
